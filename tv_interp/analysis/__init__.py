@@ -1,0 +1,1 @@
+"""The questions: who writes, who reads, through which paths."""

@@ -1,0 +1,154 @@
+"""What every analysis shares: the runs it starts from, and the scores it hands back."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+
+from ..errors import ScoreError, TvInterpError, unknown
+from ..interventions.engine import Recorded, record
+from ..interventions.sites import Head, Site
+from ..models.adapter import Adapter
+from ..prompts import Contrast, Prompts
+from ..prompts.roles import parse_role
+from ..scores import Metric, Scores, get_metric
+from ..scores.metrics import Targets
+
+Direction = Literal["denoise", "noise"]
+DIRECTIONS: tuple[Direction, ...] = ("denoise", "noise")
+
+
+def check_direction(direction: str) -> None:
+    """Refuse an unknown direction.
+
+    Raises:
+        UnknownName: if it is neither ``"denoise"`` nor ``"noise"``.
+    """
+    if direction not in DIRECTIONS:
+        raise unknown("direction", direction, DIRECTIONS)
+
+
+class Experiment:
+    """A contrast under one metric and direction: how to read a run, and how to label an effect.
+
+    Denoising patches the clean run into the corrupted one; the effect is how far the metric rises.
+    Noising patches the corrupted run into the clean one; the effect is how far it falls. In both,
+    positive means that what was patched carries the task, and the total is m(clean) - m(corrupted).
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        contrast: Contrast,
+        recorded: Recorded | None,
+        direction: Direction,
+        metric: str | Metric,
+        at: str,
+    ) -> None:
+        """Record the two runs, unless they are given."""
+        check_direction(direction)
+        parse_role(at)
+        self.metric = get_metric(metric)
+        self.adapter = Adapter.of(model)
+        self.recorded = recorded if recorded is not None else record(model, contrast)
+        if self.recorded.contrast is not contrast or self.recorded.model is not model:
+            raise ScoreError(
+                "recorded= belongs to another model or contrast: make it with "
+                "record(model, contrast) from the same two"
+            )
+        self.model, self.contrast = model, contrast
+        self.direction: Direction = direction
+        self.base, self.donor = self.recorded.sides(direction)
+        self.at = at
+        clean = self.recorded.clean.logits if self.metric.name == "kl" else None
+        self.readout = self.metric.readout(Targets.of(contrast.clean, clean))
+        rows = torch.arange(len(contrast))
+        self.base_value = self.readout(self.base.logits, rows)
+        sign = 1 if direction == "denoise" else -1
+        self.total = sign * (self.readout(self.donor.logits, rows) - self.base_value)
+
+    def effects(self, values: Tensor) -> np.ndarray:
+        """Turn metric values ``[variant, prompt]`` into effects ``[prompt, variant]``."""
+        change = values - self.base_value
+        return (change if self.direction == "denoise" else -change).T.numpy()
+
+    def scores(
+        self, effects: np.ndarray, dims: Iterable[str], coords: Mapping[str, Any], **attrs: Any
+    ) -> Scores:
+        """Label effects ``[prompt, ...]``."""
+        about = provenance(self.adapter) | self.contrast.provenance
+        about |= {"direction": self.direction, "metric": self.metric.name, "at": self.at}
+        return label_scores(
+            effects,
+            dims,
+            coords,
+            unit=self.metric.unit,
+            total=self.total,
+            prompts=self.contrast.clean,
+            attrs=about | attrs,
+        )
+
+
+def label_scores(
+    effects: np.ndarray,
+    dims: Iterable[str],
+    coords: Mapping[str, Any],
+    *,
+    unit: str,
+    total: Tensor | None,
+    prompts: Prompts,
+    attrs: Mapping[str, Any],
+) -> Scores:
+    """Make scores from bare arrays."""
+    rows = {"prompt": np.arange(len(prompts))}
+    data = xr.DataArray(effects, dims=("prompt", *dims), coords=rows | dict(coords), name="effect")
+    whole = None
+    if total is not None:
+        whole = xr.DataArray(total.numpy(), dims=("prompt",), coords=rows, name="total")
+    return Scores(data, unit, whole, prompts.query, dict(attrs))
+
+
+def provenance(adapter: Adapter) -> dict[str, Any]:
+    """Name model and versions, as plain values without dates."""
+    return {
+        "model": adapter.name,
+        "model_class": type(adapter.model).__name__,
+        "tv_interp": version("tv-interp"),
+        "torch": version("torch"),
+        "transformer_lens": version("transformer-lens"),
+    }
+
+
+def all_heads(adapter: Adapter) -> list[Head]:
+    """List every head as (layer, head)."""
+    return list(itertools.product(range(adapter.n_layers), range(adapter.n_heads)))
+
+
+def as_sites(heads: Iterable[Site | Head | str], at: str, adapter: Adapter) -> list[Site]:
+    """Accept sites, their text, or (layer, head) pairs.
+
+    Raises:
+        UnknownName: if a text is no site.
+        TvInterpError: if there are none, or one is outside of the model.
+    """
+    out = []
+    for head in heads:
+        site = Site.parse(head) if isinstance(head, str) else head
+        if not isinstance(site, Site):
+            site = Site(int(site[0]), int(site[1]))
+        if not (0 <= site.layer < adapter.n_layers and 0 <= site.head < adapter.n_heads):
+            raise TvInterpError(
+                f"head L{site.layer}H{site.head} is outside of {adapter.name}: it has "
+                f"{adapter.n_layers} layers of {adapter.n_heads} heads"
+            )
+        out.append(Site(site.layer, site.head, "z", at))
+    if not out:
+        raise TvInterpError("empty selection: expected at least one head")
+    return out

@@ -1,0 +1,414 @@
+"""Who writes, who reads, and from what: one head's output exchanged between two runs.
+
+Definitions. m is the metric at ``query_is``, C the clean run, D the corrupted one.
+
+* **write effect** of head h: m(D with z_h at the answer positions from C) - m(D).
+* **read effect** of head h: the same with z_h at ``query_is``.
+* **source split**: z = sum over keys j of A_j v_j, so what was exchanged can be split by the role of
+  j, and into the part of attention and the part of values.
+* **knockout**: attention from one role to another is taken away; the softmax renormalises.
+
+References: Zhang & Nanda 2309.16042 (metrics, corruptions), Heimersheim & Nanda 2404.15255
+(directions).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ..errors import ModelError, PromptError, TvInterpError, unknown
+from ..interventions.engine import Recorded, chunks, record_run, run_variants
+from ..interventions.sites import Cut, Head, Patch, Site, Variant
+from ..models.adapter import Adapter
+from ..prompts import Contrast, Prompts
+from ..prompts.roles import DEMO_ROLES, ROLE_NAMES, Role, parse_role
+from ..scores import Metric, Scores, get_metric
+from ..scores.metrics import Targets
+from .common import Direction, Experiment, all_heads, as_sites, label_scores, provenance
+
+Part = Literal["pattern", "q", "k", "value", "interaction", "both", "kv"]
+PARTS: tuple[Part, ...] = ("pattern", "q", "k", "value", "interaction", "both", "kv")
+
+
+def patch_heads(
+    model: Any,
+    contrast: Contrast,
+    *,
+    at: str = "answer",
+    direction: Direction = "denoise",
+    metric: str | Metric = "logit_diff",
+    demos: Literal["joint", "each"] = "joint",
+    recorded: Recorded | None = None,
+    progress: bool = False,
+) -> Scores:
+    """Exchange the output of each head at one role: who writes (``answer``), who reads (``query_is``).
+
+    Args:
+        model: A HookedTransformer or TransformerBridge in eval mode.
+        contrast: Clean and corrupted prompts.
+        at: Role whose last token is patched.
+        direction: ``"denoise"`` patches the clean output into the corrupted run (what suffices),
+            ``"noise"`` the corrupted output into the clean run (what is needed).
+        metric: Name of a metric.
+        demos: ``"joint"`` patches all demonstrations in one run, ``"each"`` one at a time.
+        recorded: The two runs from `record`; None records them.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        Scores over ``(prompt, layer, head)``, and ``demo`` for ``"each"``, in the metric's unit.
+        Positive: the head carries the task at this role.
+
+    Raises:
+        UnknownName: for an unknown role, direction or metric.
+        PromptError: if the prompts have no such role.
+        ModelError: if the model cannot be measured exactly.
+    """
+    if demos not in ("joint", "each"):
+        raise unknown("demos", demos, ("joint", "each"))
+    run = Experiment(model, contrast, recorded, direction, metric, at)
+    z = run.donor.z_at(at)
+    each = range(contrast.clean.n_demos) if demos == "each" else (None,)
+    if demos == "each" and parse_role(at) not in DEMO_ROLES:
+        raise PromptError(f"demos='each' needs a role of demonstrations, got {at!r}: use 'joint'")
+    variants: list[Variant] = []
+    for layer, head in all_heads(run.adapter):
+        value = z[:, layer, ..., head, :]
+        for demo in each:
+            site = Site(layer, head, "z", at, demo)
+            variants.append((Patch(site, value if demo is None else value[:, demo]),))
+    values = run_variants(
+        model, run.base.prompts, variants, run.readout, progress=f"{direction} {at}" if progress else None
+    )
+    n_layers, n_heads = run.adapter.n_layers, run.adapter.n_heads
+    shape = (len(contrast), n_layers, n_heads, len(each))
+    effects = run.effects(values).reshape(shape)
+    coords = {"layer": np.arange(n_layers), "head": np.arange(n_heads)}
+    if demos == "joint":
+        return run.scores(effects[..., 0], ("layer", "head"), coords, demos=demos)
+    return run.scores(
+        effects, ("layer", "head", "demo"), coords | {"demo": np.array(each)}, demos=demos
+    )
+
+
+def patch_together(
+    model: Any,
+    contrast: Contrast,
+    sets: Mapping[str, Iterable[Site | Head]],
+    *,
+    at: str = "answer",
+    direction: Direction = "denoise",
+    metric: str | Metric = "logit_diff",
+    recorded: Recorded | None = None,
+    progress: bool = False,
+) -> Scores:
+    """Exchange the outputs of several heads at one role in the same run.
+
+    Args:
+        sets: Heads by the name of their set; an empty set has effect 0.
+        model: As in `patch_heads`, and so are the others.
+        contrast: As in `patch_heads`.
+        at: As in `patch_heads`.
+        direction: As in `patch_heads`.
+        metric: As in `patch_heads`.
+        recorded: As in `patch_heads`.
+        progress: As in `patch_heads`.
+
+    Returns:
+        Scores over ``(prompt, site)``, where site is the name of the set.
+    """
+    run = Experiment(model, contrast, recorded, direction, metric, at)
+    z = run.donor.z_at(at)
+    variants: list[Variant] = []
+    for heads in sets.values():
+        members = list(heads)
+        sites = as_sites(members, at, run.adapter) if members else []
+        variants.append(tuple(Patch(s, z[:, s.layer, ..., s.head, :]) for s in sites))
+    values = run_variants(
+        model, run.base.prompts, variants, run.readout, progress=f"{at} sets" if progress else None
+    )
+    return run.scores(run.effects(values), ("site",), {"site": list(sets)})
+
+
+def patch_sources(
+    model: Any,
+    contrast: Contrast,
+    *,
+    at: str = "query_is",
+    heads: Iterable[Site | Head | str] | None = None,
+    roles: Sequence[str] | None = None,
+    parts: Sequence[Part] = PARTS,
+    direction: Direction = "denoise",
+    metric: str | Metric = "logit_diff",
+    recorded: Recorded | None = None,
+    progress: bool = False,
+) -> Scores:
+    """Split a head's effect by the role of what it attends to, and by attention and value.
+
+    With A, v of the base run and A', v' of the donor run, the change of z at keys of role s is
+
+    ============ ================================================================================
+    part         change of z
+    ============ ================================================================================
+    pattern      sum over s of (A' - A) v
+    q            the same with A' from the donor's queries and the base's keys
+    k            with the donor's keys at s alone, the softmax recomputed: sum over **all** keys
+    value        sum over s of A (v' - v)
+    interaction  sum over s of (A' - A)(v' - v)
+    both         sum over s of A' v' - A v = pattern + value + interaction
+    kv           the donor's keys and values at s alone, the softmax recomputed: over all keys
+    ============ ================================================================================
+
+    pattern, value and interaction add up to both, and both adds up over roles to the exchange of
+    the whole z: exactly in z, not in the metric. Role ``all`` takes all keys, so the remainder in
+    the metric is ``all`` minus the sum over the other roles.
+
+    Args:
+        model: As in `patch_heads`.
+        contrast: As in `patch_heads`.
+        at: Role at which the head's output is exchanged.
+        heads: Which heads; None for all.
+        roles: Which source roles; None for all that occur, and ``all``. At a demonstration's token,
+            x, is, answer and end are those of its own demonstration, ``earlier`` is everything in
+            the demonstrations before it, and ``carried`` everything but its own answer.
+        parts: Which parts.
+        direction: As in `patch_heads`.
+        metric: As in `patch_heads`.
+        recorded: As in `patch_heads`.
+        progress: As in `patch_heads`.
+
+    Returns:
+        Scores over ``(prompt, role, part, site)``.
+
+    Raises:
+        UnknownName: for an unknown role or part.
+        ModelError: if the model's attention is not a softmax of its scores times its values.
+    """
+    for part in parts:
+        if part not in PARTS:
+            raise unknown("part", part, PARTS)
+    run = Experiment(model, contrast, recorded, direction, metric, at)
+    sites = as_sites(all_heads(run.adapter) if heads is None else heads, at, run.adapter)
+    masks = source_masks(contrast.clean, at)
+    wanted = [r for r in masks if r != "carried"] if roles is None else list(roles)
+    for role in wanted:
+        if role not in masks:
+            raise unknown("source role", role, masks)
+    changes = _source_changes(run, sites, {r: masks[r] for r in wanted}, parts)
+    variants: list[Variant] = [
+        (Patch(site, changes[role, part, site], "add"),)
+        for role in wanted
+        for part in parts
+        for site in sites
+    ]
+    values = run_variants(
+        model, run.base.prompts, variants, run.readout, progress=f"sources {at}" if progress else None
+    )
+    effects = run.effects(values).reshape(len(contrast), len(wanted), len(parts), len(sites))
+    coords = {"role": wanted, "part": list(parts), "site": [str(s) for s in sites]}
+    return run.scores(effects, ("role", "part", "site"), coords)
+
+
+def source_masks(prompts: Prompts, at: str) -> dict[str, Bool[Tensor, "prompt dest src"]]:
+    """Mark the keys of each source role, as seen from each token of a role.
+
+    Args:
+        prompts: The prompts.
+        at: Role of the attending token; dest is the demonstration, or one for other roles.
+
+    Returns:
+        Masks by role name; roles without any token are left out. See `patch_sources` for the names.
+    """
+    roles, demos = prompts.role_ids[:, None], prompts.demo_ids[:, None]
+    if parse_role(at) in DEMO_ROLES:
+        own = demos == torch.arange(prompts.n_demos)[None, :, None]
+        earlier = (demos >= 0) & (demos < torch.arange(prompts.n_demos)[None, :, None])
+        masks = {role.label: own & (roles == role) for role in DEMO_ROLES}
+        masks["earlier"] = earlier
+        masks["bos"] = (roles == Role.bos).expand_as(own)
+        masks["other"] = (own & (roles == Role.other)).expand_as(own)
+        masks["carried"] = (roles >= 0) & ~masks["answer"]
+    else:
+        masks = {ROLE_NAMES[role]: roles == role for role in Role}
+    position = prompts.positions(at)
+    position = position if position.ndim == 2 else position[:, None]
+    visible = torch.arange(prompts.tokens.shape[1]) <= position[..., None]
+    masks["all"] = (roles >= 0).expand(len(prompts), position.shape[1], -1)
+    masks = {name: mask & visible for name, mask in masks.items()}
+    return {name: mask for name, mask in masks.items() if mask.any()}
+
+
+def _source_changes(
+    run: Experiment,
+    sites: Sequence[Site],
+    masks: Mapping[str, Tensor],
+    parts: Sequence[Part],
+) -> dict[tuple[str, str, Site], Tensor]:
+    """Compute the change of z for each role, part and site, ``[prompt, *demo, d_head]``."""
+    adapter, prompts = run.adapter, run.contrast.clean
+    layers = sorted({site.layer for site in sites})
+    positions = prompts.positions(run.at)
+    flat = positions.ndim == 1
+    positions = positions[:, None] if flat else positions
+    shape = (*positions.shape, adapter.d_head)
+    out = {
+        (role, part, site): torch.zeros(shape, dtype=adapter.dtype)
+        for role in masks
+        for part in parts
+        for site in sites
+    }
+    for rows, base_tokens in chunks(run.base.prompts):
+        n = base_tokens.shape[1]
+        seen = _attention(adapter, base_tokens, run.donor.prompts.tokens[rows, :n], layers)
+        where = positions[rows].to(adapter.device)
+        index = torch.arange(len(rows), device=adapter.device)[:, None]
+        for site in sites:
+            at_head = (index, site.head, where)
+            scores = {name: seen[name, site.layer][at_head] for name in ("s", "s_q", "s_k")}
+            v, v_donor = (
+                seen[name, site.layer][:, :, adapter.kv_head(site.head)] for name in ("v", "v'")
+            )
+            a, a_donor = (seen[name, site.layer][at_head] for name in ("a", "a'"))
+            a_q = scores["s_q"].softmax(-1)
+            for role, mask in masks.items():
+                m = mask[rows, :, :n].to(adapter.device)
+                a_k = torch.where(m, scores["s_k"], scores["s"]).softmax(-1)
+                value = {
+                    "pattern": lambda m=m: ((a_donor - a) * m) @ v,
+                    "q": lambda m=m: ((a_q - a) * m) @ v,
+                    "k": lambda a_k=a_k: (a_k - a) @ v,
+                    "value": lambda m=m: (a * m) @ (v_donor - v),
+                    "interaction": lambda m=m: ((a_donor - a) * m) @ (v_donor - v),
+                    "both": lambda m=m: (a_donor * m) @ v_donor - (a * m) @ v,
+                    "kv": lambda m=m, a_k=a_k: (a_k - a) @ v + (a_k * m) @ (v_donor - v),
+                }
+                for part in parts:
+                    out[role, part, site][rows] = value[part]().cpu()
+    return {key: value[:, 0] for key, value in out.items()} if flat else out
+
+
+def _attention(
+    adapter: Adapter, base: Tensor, donor: Tensor, layers: Sequence[int]
+) -> dict[tuple[str, int], Tensor]:
+    """Record scores, patterns and values of base and donor, and scores with q or k exchanged.
+
+    A score depends on its own query and key alone, so one run with all keys (or all queries) of the
+    donor, in which every z is put back to the base's, gives the scores of any mixture.
+    """
+    names = [(w, la) for la in layers for w in ("q", "k", "v", "z", "attn_scores", "pattern")]
+    _, ours = adapter.read(base, names)
+    _, theirs = adapter.read(donor, names)
+    out: dict[tuple[str, int], Tensor] = {}
+    scores = [("attn_scores", layer) for layer in layers]
+    for key, what in (("s_q", "q"), ("s_k", "k")):
+        edits = {(what, la): _put(theirs[what, la]) for la in layers}
+        edits |= {("z", la): _put(ours["z", la]) for la in layers}
+        _, mixed = adapter.read(base, scores, edits)
+        out |= {(key, la): mixed["attn_scores", la] for la in layers}
+    for layer in layers:
+        out["s", layer] = ours["attn_scores", layer]
+        out["v", layer], out["v'", layer] = ours["v", layer], theirs["v", layer]
+        out["a", layer], out["a'", layer] = ours["pattern", layer], theirs["pattern", layer]
+        _check_attention(adapter, ours, layer)
+    return out
+
+
+def _put(value: Tensor):
+    return lambda activation: value
+
+
+def _check_attention(adapter: Adapter, seen: Mapping[tuple[str, int], Tensor], layer: int) -> None:
+    """Check that attention is a softmax of the scores, and z its product with the values."""
+    pattern, v, z = (seen[w, layer] for w in ("pattern", "v", "z"))
+    causal = torch.ones(pattern.shape[-2:], dtype=torch.bool, device=pattern.device).tril()
+    softmax = seen["attn_scores", layer].masked_fill(~causal, float("-inf")).softmax(-1)
+    v = v.repeat_interleave(adapter.n_heads // adapter.n_kv_heads, 2)
+    product = torch.einsum("bhds,bshe->bdhe", pattern, v)
+    for name, ours, theirs in (("softmax(scores)", softmax, pattern), ("pattern @ v", product, z)):
+        error = (ours - theirs).abs().max() / (1 + theirs.abs().max())
+        if error > (0.05 if pattern.dtype in (torch.bfloat16, torch.float16) else 1e-4):
+            raise ModelError(
+                f"layer {layer} of {adapter.name}: {name} differs from what the model uses by "
+                f"{error:.1g}, so its sources cannot be split exactly; use patch_heads"
+            )
+
+
+def knock_out(
+    model: Any,
+    prompts: Prompts,
+    *,
+    dest: str = "query_is",
+    src: str = "answer",
+    sets: Mapping[str, Iterable[Site | Head]] | None = None,
+    demos: Sequence[int] | None = None,
+    metric: str | Metric = "logit_diff",
+    progress: bool = False,
+) -> Scores:
+    """Cut attention from one role to another, head by head or for sets of heads.
+
+    Needs clean prompts only. Scores at the cut are set to minus infinity, so the softmax
+    renormalises over what is left; all tokens of both roles are meant, not only the last.
+
+    Args:
+        model: A HookedTransformer or TransformerBridge in eval mode.
+        prompts: Clean prompts.
+        dest: Role that may no longer look.
+        src: Role that it may no longer look at.
+        sets: Heads that are cut together, by name; None for each head alone.
+        demos: Cut only what is in these demonstrations, for a src of demonstrations; None for all.
+        metric: Name of a metric; ``kl`` compares with the run that is not cut.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        Scores over ``(prompt, layer, head)``, or ``(prompt, site)`` for sets: m(clean) - m(cut), in
+        the metric's unit. Positive: the attention is needed. The total is m(clean) minus the
+        metric's chance level.
+
+    Raises:
+        UnknownName: for an unknown role or metric.
+        TvInterpError: if a token is left with nothing to attend to.
+        ModelError: if the model discards edits of attention scores.
+    """
+    adapter = Adapter.of(model)
+    metric = get_metric(metric)
+    clean = record_run(adapter, prompts)
+    readout = metric.readout(Targets.of(prompts, clean.logits if metric.name == "kl" else None))
+    value = readout(clean.logits, torch.arange(len(prompts)))
+    dest_mask, src_mask = prompts.mask(dest), prompts.mask(src)
+    for role, mask in ((dest, dest_mask), (src, src_mask)):
+        if not mask.any(1).all():
+            raise PromptError(f"a prompt has no {role!r} token (template {prompts.template!r})")
+    if demos is not None:
+        if not set(demos) <= set(range(prompts.n_demos)):
+            raise TvInterpError(f"demos {list(demos)} are not all within 0..{prompts.n_demos - 1}")
+        src_mask = src_mask & torch.isin(prompts.demo_ids, torch.tensor(list(demos)))
+    groups: list[list[Head]] = [[head] for head in all_heads(adapter)]
+    if sets is not None:
+        groups = [[s.at for s in as_sites(heads, dest, adapter)] for heads in sets.values()]
+    variants: list[Variant] = [
+        tuple(Cut(layer, head, dest_mask, src_mask) for layer, head in group) for group in groups
+    ]
+    values = run_variants(
+        model, prompts, variants, readout, progress=f"cut {dest} <- {src}" if progress else None
+    )
+    chance = metric.chance(adapter.model.cfg.d_vocab)
+    attrs = provenance(adapter) | prompts.provenance
+    attrs |= {"corruption": "knockout", "dest": dest, "src": src, "metric": metric.name, "at": dest}
+    if demos is not None:
+        attrs["demos"] = list(demos)
+    effects: Float[np.ndarray, "prompt variant"] = (value - values).T.numpy()
+    dims: tuple[str, ...] = ("site",)
+    coords: dict[str, Any] = {"site": list(sets or [])}
+    if sets is None:
+        effects = effects.reshape(len(prompts), adapter.n_layers, adapter.n_heads)
+        dims = ("layer", "head")
+        coords = {"layer": np.arange(adapter.n_layers), "head": np.arange(adapter.n_heads)}
+    return label_scores(
+        effects, dims, coords, unit=metric.unit,
+        total=None if chance is None else value - chance, prompts=prompts, attrs=attrs,
+    )  # fmt: skip

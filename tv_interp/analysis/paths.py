@@ -1,0 +1,200 @@
+"""Who reads what whom wrote: the effect of one head's write on another head's input.
+
+Path effect of writer w on reader r, denoising (clean into corrupted; noising is the reverse):
+
+1. w's output at the answer positions is exchanged in the base run; the change of what the block's
+   attention adds to the residual stream there is w's message (post-norms are included).
+2. The message is added to the residual stream that r's layer reads at those positions, and to
+   nothing in between (``through="direct"``). Only the chosen inputs of r (k, v, both, or q) see it;
+   on grouped-query attention r alone, as if ungrouped.
+3. r's z at the last token is recomputed, and patched into the base run; all that follows is free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import TvInterpError, unknown
+from ..interventions.engine import ROWS_PER_RUN, Recorded, Run, chunks, run_variants
+from ..interventions.sites import Head, Patch, Site, Variant
+from ..models.adapter import Adapter
+from ..prompts import Contrast
+from ..scores import Metric, Scores
+from .common import Direction, Experiment, all_heads, as_sites
+
+Via = Literal["q", "k", "v", "kv"]
+VIA: tuple[Via, ...] = ("q", "k", "v", "kv")
+
+
+def patch_paths(
+    model: Any,
+    contrast: Contrast,
+    *,
+    receivers: Iterable[Site | Head | str],
+    senders: Iterable[Site | Head | str] | None = None,
+    via: Via | Sequence[Via] = "kv",
+    through: Literal["direct"] = "direct",
+    sender_at: str = "answer",
+    receiver_at: str = "query_is",
+    direction: Direction = "denoise",
+    metric: str | Metric = "logit_diff",
+    recorded: Recorded | None = None,
+    progress: bool = False,
+) -> Scores:
+    """Measure how far each sender's write reaches the metric through each receiver.
+
+    Args:
+        model: A HookedTransformer or TransformerBridge in eval mode.
+        contrast: Clean and corrupted prompts.
+        receivers: Heads that read, at ``receiver_at``.
+        senders: Heads that write, at ``sender_at``; None for all in layers below some receiver.
+        via: Which of the receiver's inputs the message reaches; several for an axis of them.
+        through: ``"direct"``: through the residual stream alone.
+        sender_at: Role at which senders write.
+        receiver_at: Role at which receivers read; the last token.
+        direction: As in `patch_heads`.
+        metric: As in `patch_heads`.
+        recorded: As in `patch_heads`.
+        progress: As in `patch_heads`.
+
+    Returns:
+        Scores over ``(prompt, sender, receiver, via)``; 0 where the sender is not below the
+        receiver.
+
+    Raises:
+        UnknownName: for an unknown role, via or through.
+        TvInterpError: if no sender is below any receiver.
+    """
+    if through != "direct":
+        raise unknown("through", through, ("direct",))
+    several = (via,) if isinstance(via, str) else tuple(via)
+    for one in several:
+        if one not in VIA:
+            raise unknown("via", one, VIA)
+    run = Experiment(model, contrast, recorded, direction, metric, receiver_at)
+    adapter = run.adapter
+    read_at = as_sites(receivers, receiver_at, adapter)
+    top = max(site.layer for site in read_at)
+    below = [head for head in all_heads(adapter) if head[0] < top]
+    if senders is None and not below:
+        raise TvInterpError("no sender is below the receivers: they are all in layer 0")
+    write_at = as_sites(below if senders is None else senders, sender_at, adapter)
+    pairs = [(s, r) for s in write_at for r in read_at if s.layer < r.layer]
+    if not pairs:
+        raise TvInterpError(
+            "no path between the chosen senders and receivers: every sender is in the layer of a "
+            "receiver or above; choose senders below"
+        )
+    messages = _messages(run.adapter, run.base, run.donor, write_at)
+    received = _receive(run.adapter, run.base, messages, pairs, several)
+    variants: list[Variant] = [
+        (Patch(r, received[s, r, one]),) for s, r in pairs for one in several
+    ]
+    values = run_variants(
+        model, run.base.prompts, variants, run.readout, progress="paths" if progress else None
+    )
+    effects = np.zeros((len(contrast), len(write_at), len(read_at), len(several)))
+    found = run.effects(values).reshape(len(contrast), len(pairs), len(several))
+    for i, (s, r) in enumerate(pairs):
+        effects[:, write_at.index(s), read_at.index(r)] = found[:, i]
+    coords = {
+        "sender": [str(s) for s in write_at],
+        "receiver": [str(r) for r in read_at],
+        "via": list(several),
+    }
+    return run.scores(effects, ("sender", "receiver", "via"), coords, through=through)
+
+
+def _messages(
+    adapter: Adapter, base: Run, donor: Run, senders: Sequence[Site]
+) -> dict[Site, Tensor]:
+    """Compute the change of the attention output that each sender makes, ``[prompt, demo, d_model]``."""
+    out: dict[Site, Tensor] = {}
+    places = base.prompts.positions(senders[0].role)
+    places = places if places.ndim == 2 else places[:, None]
+    values = donor.z_at(senders[0].role)
+    width = adapter.model.cfg.d_model
+    for site in senders:
+        out[site] = torch.zeros(*places.shape, width, dtype=adapter.dtype)
+        value = values[:, site.layer, ..., site.head, :]
+        value = value if value.ndim == 3 else value[:, None]
+        for rows, tokens in chunks(base.prompts):
+            index = torch.arange(len(rows), device=adapter.device)[:, None]
+            at = (index, places[rows].to(adapter.device))
+            name = ("attn_out", site.layer)
+            _, plain = adapter.read(tokens, [name])
+            edit = _replace((*at, site.head), value[rows].to(adapter.device))
+            _, changed = adapter.read(tokens, [name], {("z", site.layer): edit})
+            out[site][rows] = (changed[name][at] - plain[name][at]).cpu()
+    return out
+
+
+def _receive(
+    adapter: Adapter,
+    base: Run,
+    messages: dict[Site, Tensor],
+    pairs: Sequence[tuple[Site, Site]],
+    several: Sequence[Via],
+) -> dict[tuple[Site, Site, Via], Tensor]:
+    """Recompute the receivers' z at their last token, ``[prompt, d_head]``, with each message."""
+    out: dict[tuple[Site, Site, Via], Tensor] = {}
+    shape = (len(base.prompts), adapter.d_head)
+    senders_of: dict[int, list[Site]] = {}
+    for sender, receiver in pairs:
+        group = senders_of.setdefault(receiver.layer, [])
+        if sender not in group:
+            group.append(sender)
+        for via in several:
+            out[sender, receiver, via] = torch.zeros(shape, dtype=adapter.dtype)
+    places = base.prompts.positions(pairs[0][0].role)
+    places = places if places.ndim == 2 else places[:, None]
+    last = base.prompts.positions(pairs[0][1].role)
+    for layer, senders in senders_of.items():
+        readers = sorted({r for _, r in pairs if r.layer == layer})
+        for rows, tokens in chunks(base.prompts, max(1, ROWS_PER_RUN // len(senders))):
+            n = len(senders)
+            _, plain = adapter.read(tokens, [(what, layer) for what in "qkv"])
+            index = torch.arange(n * len(rows), device=adapter.device)[:, None]
+            at = (index, places[rows].repeat(n, 1).to(adapter.device))
+            message = torch.cat([messages[s][rows] for s in senders]).to(adapter.device)
+            for via in several:
+                edits = {("resid_pre", layer): _add(at, message)}
+                for what in {"q", "k", "v"} - set(via):
+                    whole = plain[what, layer]
+                    edits[what, layer] = _put(whole.repeat(n, *[1] * (whole.ndim - 1)))
+                _, store = adapter.read(tokens.repeat(n, 1), [("z", layer)], edits)
+                z = store["z", layer].unflatten(0, (n, len(rows)))
+                row = torch.arange(len(rows))
+                for i, sender in enumerate(senders):
+                    for reader in readers:
+                        key = (sender, reader, via)
+                        if key in out:
+                            out[key][rows] = z[i, row, last[rows], reader.head].cpu()
+    return out
+
+
+def _replace(at: tuple, value: Tensor):
+    def edit(activation: Tensor) -> Tensor:
+        new = activation.clone()
+        new[at] = value
+        return new
+
+    return edit
+
+
+def _add(at: tuple, value: Tensor):
+    def edit(activation: Tensor) -> Tensor:
+        new = activation.clone()
+        new[at] = new[at] + value
+        return new
+
+    return edit
+
+
+def _put(value: Tensor):
+    return lambda activation: value

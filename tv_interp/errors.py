@@ -1,0 +1,49 @@
+"""Every error that bad input can cause: what was expected, what came, what to do.
+
+One family, so that ``except TvInterpError`` is enough. A message is one line. Mistakes of our own
+are plain ``assert`` statements and never reach a user on purpose.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class TvInterpError(ValueError):
+    """Base of all errors that tv_interp raises on purpose."""
+
+
+class UnknownName(TvInterpError):
+    """A name that is not in a list of names: the message says which are nearest."""
+
+
+class PromptError(TvInterpError):
+    """Prompts that cannot be built or aligned."""
+
+
+class ModelError(TvInterpError):
+    """A model, architecture or hook that cannot be used exactly."""
+
+
+class ScoreError(TvInterpError):
+    """Scores that cannot be computed, combined or normalised."""
+
+
+class FileError(TvInterpError):
+    """A file that cannot be read or written."""
+
+
+def unknown(kind: str, name: object, known: Iterable[str]) -> UnknownName:
+    """Build the error for a name that is not known, with the nearest names first.
+
+    Args:
+        kind: What was being looked up, as a noun: ``"task"``.
+        name: What came.
+        known: Every name that would have been accepted.
+    """
+    names = sorted(known)
+    near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "known are"
+    listed = "" if near else " " + ", ".join(names)
+    return UnknownName(f"unknown {kind} {name!r}: {hint}{listed}")

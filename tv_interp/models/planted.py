@@ -1,0 +1,419 @@
+"""Small models whose circuit we wrote by hand: known truth for tests and tutorials.
+
+The residual stream is a row of named one-hot slots: the token, the position, and whatever the heads
+write. A head says where it attends, which slots it reads there and which slot it writes. So a model
+is a few readable lines, and `build` turns them into weights::
+
+    (1, 0): Head("writer", Back(2), "input -> key")              # from each answer to its input
+    (2, 1): Head("reader", Match("query", "key"), "value -> found")
+
+Prompts are ``cat is red dog is blue cat is``: one token per word after ``<bos>``, so an answer is
+two tokens after its input, and ``query_is`` is two tokens after the last answer. Softmaxes are so
+sharp that effects are exact to float precision. Every case also has heads that only look important.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from ..errors import ModelError, PromptError, unknown
+from ..prompts.tasks.base import RuledSample, Sample, Task, check_size, pick_foil
+
+Place = tuple[int, int]  # (layer, head)
+Words = tuple[str, ...]
+
+TEMPLATE = "{x} is {y} "
+INPUTS: Words = tuple("cat dog fox owl bee ant cow hen pig rat bat elk".split())
+FILLERS: Words = tuple("red blue green pink grey black white gold brown teal lime plum".split())
+ANSWERS: Words = tuple("house garden wood tree hive hill field yard barn cellar cave moor".split())
+HOME: dict[str, str] = dict(zip(INPUTS, ANSWERS, strict=True))  # the map g: g(cat) = house
+WORDS = INPUTS + FILLERS + ANSWERS
+VOCABULARY = ("<bos>", "<unk>", "is", *WORDS)
+
+N_LAYERS, N_HEADS, D_HEAD, D_MLP, N_CTX, MAX_DEMOS = 4, 4, 40, 24, 36, 10
+READ_LAYER = 2
+SHARP = 60.0  # attention score of the wanted key; every other key has 0
+REST = 30.0  # score of <bos> in content matching: wins when no key matches
+LOGIT = 4.0  # logit of a word whose "logits" slot holds 1
+
+
+# ------------------------------------------------------------------ the vocabulary of circuits
+
+
+class Back(NamedTuple):
+    """Attend to the token so many steps back (``<bos>`` where the prompt is too short)."""
+
+    steps: int
+
+
+class Match(NamedTuple):
+    """Attend to the token whose slot ``key`` holds the word in one's own slot ``query``."""
+
+    query: str
+    key: str
+
+
+class Head(NamedTuple):
+    """One attention head.
+
+    Attributes:
+        role: ``"writer"``, ``"copier"``, ``"reader"``, ``"relay"``, or ``"decoy"`` for all others.
+        attends: Where every position looks.
+        route: ``"slot + slot -> slot"``: what is read there and written here; nothing is written
+            where the right side is empty.
+        carries: Which words pass, and as which word; all others are dropped.
+        gain: What a carried 1 becomes.
+    """
+
+    role: str
+    attends: Back | Match
+    route: str
+    carries: Mapping[str, str] = dict(zip(WORDS, WORDS, strict=True))
+    gain: float = 1.0
+
+    def ends(self) -> tuple[list[str], str]:
+        """The slots that are read and the slot that is written."""
+        reads, writes = self.route.split("->")
+        return [slot.strip() for slot in reads.split("+")], writes.strip()
+
+
+class Circuit(NamedTuple):
+    """A whole model in words.
+
+    Attributes:
+        rule: What the answer is, see `PlantedTask`.
+        heads: By (layer, head); heads not named have weights 0.
+        hinges: Where given, the MLP after the readers adds ``weight * relu(sum - threshold)`` of
+            the slot "sum" to the slot "found", for each threshold -> weight.
+    """
+
+    rule: str
+    heads: Mapping[Place, Head]
+    hinges: Mapping[float, float] | None = None
+
+
+# ------------------------------------------------------------------------------- the six cases
+
+_INPUTS: dict[str, str] = {word: word for word in INPUTS}
+_FILLERS: dict[str, str] = {word: word for word in FILLERS}
+_DECOYS = {
+    # strong at inputs, where every circuit starts from it; 0 at answers and at query_is
+    (0, 1): Head("decoy", Back(0), "token -> input", carries=_INPUTS),
+    # these move the answer, and the word two back, into a slot that nobody reads
+    (0, 2): Head("decoy", Back(0), "token -> unread", carries=_FILLERS),
+    (1, 3): Head("decoy", Back(2), "token -> unread"),
+}
+# The writer puts g(its input) at each answer; the answer is what it put at the last one.
+_VALUE_ROUTE = {
+    **_DECOYS,
+    (1, 0): Head("writer", Back(2), "input -> value", carries=HOME),
+    (2, 3): Head("reader", Back(2), "value -> found"),
+    (2, 0): Head("decoy", Back(2), "value + token ->"),  # looks at answers, writes nothing
+    (3, 1): Head("relay", Back(0), "found -> logits"),
+}
+# Two heads write the same word; the reader adds them, the MLP says how many are needed.
+_TWO_WRITERS = {
+    **_VALUE_ROUTE,
+    (1, 2): Head("writer", Back(2), "input -> second", carries=HOME),
+    (2, 3): Head("reader", Back(2), "value + second -> sum"),
+}
+_CIRCUITS = {
+    # The writer tells each answer its input; the reader finds the answer to the query by it.
+    "write_then_read": Circuit(
+        "lookup",
+        {
+            **_DECOYS,
+            (0, 3): Head("copier", Back(0), "token -> value", carries=_FILLERS),
+            (1, 1): Head("writer", Back(2), "input -> key"),
+            (1, 2): Head("decoy", Back(1), "input -> query"),  # a relay, of the query
+            (2, 1): Head("reader", Match("query", "key"), "value -> found"),
+            (2, 2): Head("decoy", Back(2), "value + key ->"),
+            (3, 0): Head("relay", Back(0), "found -> logits"),
+        },
+    ),
+    "value_route": Circuit("last", _VALUE_ROUTE),
+    "two_writers_or": Circuit("last", _TWO_WRITERS, hinges={0: 1, 1: -1}),
+    "two_writers_and": Circuit("last", _TWO_WRITERS, hinges={1: 1}),
+    "negative_reader": Circuit(
+        "last", {**_VALUE_ROUTE, (2, 1): Head("reader", Back(2), "value -> found", gain=-0.4)}
+    ),
+    # The answer is g(query): demonstrations are moved about and change no logit.
+    "nothing": Circuit(
+        "query",
+        {
+            **_DECOYS,
+            (1, 0): Head("decoy", Back(2), "input -> value", carries=HOME),
+            (1, 2): Head("decoy", Back(1), "input -> found", carries=HOME),
+            (2, 0): Head("decoy", Back(2), "value + token ->"),
+            (3, 1): Head("decoy", Back(0), "found -> logits"),
+        },
+    ),
+}
+
+
+class PlantedTask(Task):
+    """Demonstrations pair random inputs with random fillers, none of them twice.
+
+    The rule is the family. ``"lookup"``: the query is one of the inputs, the answer its filler.
+    ``"last"``, ``"query"``: the query is a new input, the answer is g(input of the last
+    demonstration) or g(query), and the foil, a filler, has logit 0 in every run.
+    """
+
+    def __init__(self, name: str, rule: str) -> None:
+        """Keep the rule as the family."""
+        self.name, self.family = name, rule
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """The words that stand as answers in demonstrations."""
+        return FILLERS
+
+    def sample(self, rng: np.random.Generator, n_demos: int) -> Sample:
+        """Draw 2 to 10 demonstrations and a query; see `Task.sample`."""
+        check_size(self.name, n_demos, MAX_DEMOS)
+        if n_demos < 2:
+            raise PromptError(f"task {self.name!r} needs n_demos of 2 or more, got {n_demos}")
+        *inputs, query = (INPUTS[i] for i in rng.permutation(len(INPUTS))[: n_demos + 1])
+        fillers = [FILLERS[i] for i in rng.permutation(len(FILLERS))[:n_demos]]
+        demos = list(zip(inputs, fillers, strict=True))
+        if self.family == "lookup":
+            query, answer = demos[int(rng.integers(n_demos))]
+        else:
+            answer = HOME[query if self.family == "query" else inputs[-1]]
+        foil = pick_foil(rng, answer, fillers, FILLERS)
+        if self.family != "lookup":
+            return Sample(demos, query, answer, foil)
+        name = ", ".join(map(" is ".join, demos))  # every prompt has its own rule
+        return RuledSample(demos, query, answer, foil, rule=dict(demos).__getitem__, rule_name=name)
+
+
+# ------------------------------------------------------------------------ from words to weights
+
+
+def _compose(circuit: Circuit) -> dict[str, torch.Tensor]:
+    """Write a circuit as weights, under the names of HookedTransformer.
+
+    Returns:
+        float64 tensors. ``embed.W_E [token, d_model]``, ``pos_embed.W_pos [pos, d_model]``,
+        ``unembed.W_U [d_model, token]``; in every block ``attn.W_Q``, ``W_K``, ``W_V``
+        ``[head, d_model, d_head]``, ``W_O [head, d_head, d_model]`` and, where there are MLPs,
+        ``mlp.W_in [d_model, neuron]``, ``W_out [neuron, d_model]``; biases, all 0 but two kinds:
+        ``b_Q [head, d_head]`` and ``b_in [neuron]``.
+    """
+    V, slots = len(VOCABULARY), ["token"]
+    for head in circuit.heads.values():
+        reads, writes = head.ends()
+        slots += [slot for slot in (*reads, writes) if slot and slot not in slots]
+    d_model = len(slots) * V + N_CTX  # every slot as wide as the vocabulary, then the position
+    one_hot = torch.eye(d_model, dtype=torch.float64)
+
+    def dim(slot: str, word: str) -> int:
+        return slots.index(slot) * V + VOCABULARY.index(word)
+
+    def weights(prefix: str, **shapes: tuple[int, ...]) -> dict[str, torch.Tensor]:
+        made = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
+        state.update({prefix + name: tensor for name, tensor in made.items()})
+        return made
+
+    state = {
+        "embed.W_E": one_hot[:V],
+        "pos_embed.W_pos": one_hot[-N_CTX:],
+        "unembed.W_U": LOGIT * one_hot[:, dim("logits", VOCABULARY[0]) :][:, :V],
+        "unembed.b_U": torch.zeros(V, dtype=torch.float64),
+    }
+    for layer in range(N_LAYERS):
+        into, bias = (N_HEADS, d_model, D_HEAD), (N_HEADS, D_HEAD)
+        W = weights(f"blocks.{layer}.attn.", W_Q=into, W_K=into, W_V=into, b_Q=bias, b_K=bias,
+                    b_V=bias, W_O=(N_HEADS, D_HEAD, d_model), b_O=(d_model,))  # fmt: skip
+        for h, head in ((h, head) for (at, h), head in circuit.heads.items() if at == layer):
+            if isinstance(head.attends, Back):
+                for pos in range(N_CTX):
+                    W["W_Q"][h, pos - N_CTX, max(pos - head.attends.steps, 0)] = SHARP
+                    W["W_K"][h, pos - N_CTX, pos] = 1
+            else:
+                for i, word in enumerate(WORDS):
+                    W["W_Q"][h, dim(head.attends.query, word), i] = SHARP
+                    W["W_K"][h, dim(head.attends.key, word), i] = 1
+                W["b_Q"][h, -1], W["W_K"][h, dim("token", "<bos>"), -1] = REST, 1
+            reads, writes = head.ends()
+            for i, (word, becomes) in enumerate(head.carries.items()):
+                W["W_V"][h, [dim(slot, word) for slot in reads], i] = 1
+                if writes:
+                    W["W_O"][h, i, dim(writes, becomes)] = head.gain
+        W["W_Q"] *= math.sqrt(D_HEAD)  # the models divide scores by it
+        W["b_Q"] *= math.sqrt(D_HEAD)
+        if circuit.hinges is not None:
+            W = weights(f"blocks.{layer}.mlp.", W_in=(d_model, D_MLP), b_in=(D_MLP,),
+                        W_out=(D_MLP, d_model), b_out=(d_model,))  # fmt: skip
+            if layer == READ_LAYER:
+                for n, (word, t) in enumerate(product(ANSWERS, circuit.hinges)):
+                    W["W_in"][dim("sum", word), n], W["b_in"][n] = 1, -t
+                    W["W_out"][n, dim("found", word)] = circuit.hinges[t]
+    return state
+
+
+def _as_native(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Rename and reshape `_compose`'s tensors to the linear layers of ``boot_native``."""
+    modules = {"embed": "tok_embed", "pos_embed": "pos", "unembed": "head", "blocks": "layers"}
+    linear = {"in": "fc_in", "out": "fc_out"}
+    native: dict[str, torch.Tensor] = {}
+    for name, tensor in state.items():
+        *path, leaf = name.split(".")
+        path[0], (kind, part) = modules[path[0]], leaf.split("_", 1)
+        if path[0] == "layers":
+            path.append(linear.get(part, part.lower()))
+        if part in ("Q", "K", "V"):  # [head, d_model, d_head] -> [head * d_head, d_model]
+            tensor = tensor.transpose(1, 2).flatten(0, 1) if kind == "W" else tensor.flatten()
+        elif kind == "W" and part in ("O", "in", "out", "U"):
+            tensor = tensor.reshape(-1, tensor.shape[-1]).T
+        native[".".join(path) + (".weight" if kind == "W" else ".bias")] = tensor
+    return native
+
+
+def _tokenizer() -> Any:
+    """A tokenizer of whole words that puts ``<bos>`` first and that TransformerLens keeps as is."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(VOCABULARY)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", 0)]
+    )
+    special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), "<bos>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", **special)
+    tokenizer.init_kwargs.update(name_or_path="planted", add_bos_token=True, tv_template=TEMPLATE)
+    return tokenizer
+
+
+def _model(state: Mapping[str, torch.Tensor], hooked: bool, dtype: torch.dtype) -> Any:
+    """Make a TransformerLens model with these weights; randomness stays as it was."""
+    attn_only = "blocks.0.mlp.W_in" not in state
+    config: dict[str, Any] = dict(
+        n_layers=N_LAYERS, n_heads=N_HEADS, d_head=D_HEAD, d_model=state["embed.W_E"].shape[1],
+        n_ctx=N_CTX, d_vocab=len(VOCABULARY), attn_only=attn_only, d_mlp=D_MLP, act_fn="relu",
+        normalization_type=None, positional_embedding_type="standard", device="cpu", dtype=dtype,
+        model_name="planted", init_weights=False,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "HookedTransformer", DeprecationWarning)
+        if hooked:
+            from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+            model = HookedTransformer(HookedTransformerConfig(**config), tokenizer=_tokenizer())
+            inner = model
+        else:
+            from transformer_lens.config import TransformerBridgeConfig
+            from transformer_lens.model_bridge import TransformerBridge
+
+            native = TransformerBridgeConfig(**config, architecture="TransformerLensNative")
+            model = TransformerBridge.boot_native(native, tokenizer=_tokenizer(), dtype=dtype)
+            inner, state = model.original_model, _as_native(state)
+    unused = set(state) - {"head.bias"}  # some versions have no bias there; ours is 0
+    with torch.no_grad():
+        for name, parameter in inner.named_parameters():
+            name = name.replace("._original_component", "")
+            parameter.copy_(state[name])
+            unused.discard(name)
+    assert not unused, f"weights without a parameter: {sorted(unused)}"
+    return model.eval()
+
+
+def _has_hooked() -> bool:
+    try:  # hasattr would raise too
+        from transformer_lens import HookedTransformer  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+# ---------------------------------------------------------------------------------- public
+
+
+@dataclass(frozen=True)
+class PlantedCase:
+    """A model, its task, and what every analysis must find in it.
+
+    Attributes:
+        name: As in `names`.
+        model: HookedTransformer or TransformerBridge, in eval mode.
+        task: Where its prompts come from; the model answers all of them correctly.
+        template: The template of its prompts.
+        writers: Heads that carry something to answers that matters, as (layer, head).
+        copiers: Heads that matter at answers but only pass on the answer's own word.
+        readers: Heads that matter at ``query_is`` because of what is at answers.
+        relays: Heads that matter at ``query_is`` and read no answer.
+        edges: Pairs (writer, reader) of heads that are connected.
+        corruptions: The two corruptions that together reveal all of these.
+    """
+
+    name: str
+    model: Any
+    task: Task
+    template: str
+    writers: frozenset[Place]
+    copiers: frozenset[Place]
+    readers: frozenset[Place]
+    relays: frozenset[Place]
+    edges: frozenset[tuple[Place, Place]]
+    corruptions: tuple[str, str] = ("answers", "inputs")
+
+
+def names() -> tuple[str, ...]:
+    """Names of all planted models."""
+    return tuple(_CIRCUITS)
+
+
+def build(
+    name: str,
+    *,
+    backend: Literal["auto", "hooked", "bridge"] = "auto",
+    dtype: torch.dtype = torch.float32,
+) -> PlantedCase:
+    """Build a planted model.
+
+    Args:
+        name: One of `names`.
+        backend: ``"hooked"`` for a HookedTransformer (TransformerLens 3.9), ``"bridge"`` for a
+            TransformerBridge; ``"auto"`` for the first where it exists. Weights are the same.
+        dtype: Of all parameters.
+
+    Raises:
+        UnknownName: if there is no such planted model or backend.
+        ModelError: if HookedTransformer is asked for and TransformerLens does not have it.
+
+    Example:
+        >>> build("write_then_read").writers
+        frozenset({(1, 1)})
+    """
+    if name not in _CIRCUITS:
+        raise unknown("planted model", name, _CIRCUITS)
+    if backend not in ("auto", "hooked", "bridge"):
+        raise unknown("backend", backend, ("auto", "hooked", "bridge"))
+    hooked = backend != "bridge" and _has_hooked()
+    if backend == "hooked" and not hooked:
+        raise ModelError("backend='hooked' needs transformer-lens 3.9: use backend='bridge'")
+    circuit = _CIRCUITS[name]
+    writers, copiers, readers, relays = (
+        frozenset(place for place, head in circuit.heads.items() if head.role == role)
+        for role in ("writer", "copier", "reader", "relay")
+    )
+    return PlantedCase(
+        name=name,
+        model=_model(_compose(circuit), hooked, dtype),
+        task=PlantedTask(name, circuit.rule),
+        template=TEMPLATE,
+        writers=writers,
+        copiers=copiers,
+        readers=readers,
+        relays=relays,
+        edges=frozenset((writer, reader) for writer in writers for reader in readers),
+    )

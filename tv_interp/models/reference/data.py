@@ -1,0 +1,143 @@
+"""Training sequences: ``<bos> x is y x is y ...``, one rule a sequence, loss on every answer.
+
+A sequence is a list of items (the token ids of x, the id of y). Nothing but the next answer is ever
+asked of the model: no loss or mask writes a mechanism in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from ...prompts.tasks.bijection import BIJECTIVE
+from ...prompts.tasks.categorization import Categorization, categorization_tasks
+from ...prompts.tasks.knowledge import SHARED, relations
+from ...prompts.tasks.words import LETTERS, held_out_label_words, label_words
+from .vocabulary import BOS, CONNECTIVE, PAD, word_ids
+
+Item = tuple[list[int], int]
+Maker = Callable[[np.random.Generator, int], list[Item]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded token ids, and where to predict what."""
+
+    tokens: np.ndarray
+    row: np.ndarray
+    position: np.ndarray
+    target: np.ndarray
+
+
+class Sequences:
+    """Draws training batches from a mix of families; the same generator state, the same batch."""
+
+    families = ("typed", "shared", "bijection", "lookup", "simple-string", "digit", "2d-data")
+
+    def __init__(self, length: int) -> None:
+        """Turn all words into ids once."""
+        self.length = length
+        self.ids = word_ids()
+        known = {
+            name: [([self.ids[x]], self.ids[y]) for x, y in pairs.items()]
+            for name, pairs in relations().items()
+        }
+        self.typed = [items for name, items in known.items() if name not in SHARED]
+        self.shared = [items for name, items in known.items() if name in SHARED]
+        self.bijections = [known[name] for name in BIJECTIVE]
+        self.labels = [self.ids[w] for w in label_words()]
+        self.keys = self.labels + [self.ids[w] for w in held_out_label_words()]
+        self.categories = {task.name: task for task in categorization_tasks()}
+        self.inputs = {name: _seen_inputs(task) for name, task in self.categories.items()}
+
+    def batch(self, rng: np.random.Generator, size: int, mix: dict[str, float]) -> Batch:
+        """Draw ``size`` sequences, families by the weights of ``mix``."""
+        weights = np.array([mix.get(f, 0.0) for f in self.families])
+        drawn = rng.choice(len(self.families), size=size, p=weights / weights.sum())
+        tokens = np.full((size, self.length), self.ids[PAD])
+        row, position, target = [], [], []
+        for i, family in enumerate(drawn):
+            line = [self.ids[BOS]]
+            for x, y in self.items(rng, self.families[family]):
+                if len(line) + len(x) + 2 > self.length:
+                    break
+                line += [*x, self.ids[CONNECTIVE]]
+                row.append(i)
+                position.append(len(line) - 1)
+                target.append(y)
+                line.append(y)
+            tokens[i, : len(line)] = line
+        return Batch(tokens, np.array(row), np.array(position), np.array(target))
+
+    def items(self, rng: np.random.Generator, family: str) -> list[Item]:
+        """Draw the items of one sequence, at least as many as fit."""
+        most = self.length // 3
+        if family in self.categories:
+            return self._categorize(rng, family, self.length // 3)
+        if family == "lookup":
+            n_keys = int(rng.integers(2, 9))
+            drawn = rng.permutation(len(self.keys))[:n_keys]
+            values = rng.permutation(len(self.labels))[:n_keys]
+            pairs = [
+                ([self.keys[k]], self.labels[v]) for k, v in zip(drawn, values, strict=True)
+            ]
+            return [pairs[i] for i in rng.integers(n_keys, size=most)]
+        if family == "bijection":
+            pairs = self.bijections[rng.integers(len(self.bijections))]
+            turned = rng.random(len(pairs)) < 0.5
+            pairs = [([y], x[0]) if t else (x, y) for (x, y), t in zip(pairs, turned, strict=True)]
+        else:
+            pool = self.typed if family == "typed" else self.shared
+            pairs = pool[rng.integers(len(pool))]
+        order = np.concatenate([rng.permutation(len(pairs)) for _ in range(-(-most // len(pairs)))])
+        return [pairs[i] for i in order[:most]]
+
+    def _categorize(self, rng: np.random.Generator, name: str, most: int) -> list[Item]:
+        _, is_high = self.categories[name]._classifier(rng)
+        labels = [self.labels[i] for i in rng.permutation(len(self.labels))[:2]]
+        words, ids = self.inputs[name](rng, 4 * most)
+        high = np.array([is_high(w) for w in words])
+        by_class = [np.flatnonzero(~high), np.flatnonzero(high)]
+        if not (len(by_class[0]) and len(by_class[1])):
+            return self._categorize(rng, name, most)
+        classes = rng.integers(2, size=most)
+        taken = [0, 0]
+        out = []
+        for c in classes:
+            pool = by_class[c]
+            out.append((ids[pool[taken[c] % len(pool)]], labels[c]))
+            taken[c] += 1
+        return out
+
+
+def _seen_inputs(task: Categorization):
+    """Make a fast sampler of inputs that are not held out: n distinct words and their ids."""
+    known = word_ids()
+    if task.name == "simple-string":
+
+        def strings(rng: np.random.Generator, n: int) -> tuple[list[str], list[list[int]]]:
+            words = []
+            while len(words) < n:
+                word = task._inputs(rng)
+                if not task.held_out(word):
+                    words.append(word)
+            return words, [[known[c] for c in w.split()] for w in words]
+
+        return strings
+    if task.name == "digit":
+        pool = [str(i) for i in range(100)]
+    else:
+        pool = [f"{a} {b}" for a in range(10) for b in range(10)]
+    pool = [w for w in pool if not task.held_out(w)]
+    pool_ids = [[known[c] for c in w.split()] for w in pool]
+
+    def points(rng: np.random.Generator, n: int) -> tuple[list[str], list[list[int]]]:
+        order = rng.permutation(len(pool))[:n]
+        return [pool[i] for i in order], [pool_ids[i] for i in order]
+
+    return points
+
+
+assert len(LETTERS) == 26

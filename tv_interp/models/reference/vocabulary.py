@@ -1,0 +1,73 @@
+"""The words the reference models know, and the tokenizer that knows them."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ...prompts.tasks.knowledge import relations
+from ...prompts.tasks.words import (
+    LETTERS,
+    NUMBERS,
+    held_out_label_words,
+    label_words,
+)
+
+BOS, UNK, PAD = "<bos>", "<unk>", "<pad>"
+CONNECTIVE = "is"
+TEMPLATE = "{x} is {y} "
+
+
+@cache
+def words() -> tuple[str, ...]:
+    """List every token, in the order of its id: specials, the connective, then words by name."""
+    known = {*LETTERS, *NUMBERS, *label_words(), *held_out_label_words()}
+    for pairs in relations().values():
+        known |= {*pairs, *pairs.values()}
+    return (BOS, UNK, PAD, CONNECTIVE, *sorted(known - {CONNECTIVE}))
+
+
+def word_ids() -> dict[str, int]:
+    """Map each token to its id."""
+    return {word: i for i, word in enumerate(words())}
+
+
+def make_tokenizer() -> Any:
+    """Build the tokenizer: one token a word, words split at white space, no automatic BOS text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.WordLevel(word_ids(), unk_token=UNK))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.decoder = decoders.WordPiece(prefix="##")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token=BOS, eos_token=BOS, unk_token=UNK, pad_token=PAD
+    )
+    tokenizer.init_kwargs |= {"name_or_path": "tv-interp-reference", "add_bos_token": True}
+    tokenizer.init_kwargs["tv_template"] = TEMPLATE
+    return tokenizer
+
+
+def save_tokenizer(directory: Path) -> None:
+    """Write tokenizer.json and a tokenizer_config.json that transformers 4 and 5 both load."""
+    from tokenizers.processors import TemplateProcessing
+
+    inner = make_tokenizer().backend_tokenizer
+    inner.post_processor = TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, word_ids()[BOS])]
+    )
+    inner.save(str(directory / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_bos_token": True,
+        "bos_token": BOS,
+        "eos_token": BOS,
+        "unk_token": UNK,
+        "pad_token": PAD,
+        "model_max_length": 128,
+        "clean_up_tokenization_spaces": False,
+        "tv_template": TEMPLATE,
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")

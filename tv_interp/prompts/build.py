@@ -1,0 +1,544 @@
+"""Make prompts from tasks, and pairs of clean and corrupted prompts that differ in words alone."""
+
+from __future__ import annotations
+
+import textwrap
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from ..errors import PromptError
+from .corruptions import Words, check_corruption, corrupt_words
+from .roles import (
+    DEMO_ROLES,
+    ROLE_NAMES,
+    Misaligned,
+    Role,
+    Template,
+    assign_roles,
+    check_tokenizer,
+    parse_role,
+)
+from .tasks import Sample, Task, get_task
+
+DEFAULT_TEMPLATE = "{x} is {y}\n"
+
+
+@dataclass(frozen=True, eq=False)
+class Prompts:
+    """Prompts of one task in which every token knows its role.
+
+    Attributes:
+        samples: The words of each prompt.
+        tokens: Token ids, right-padded in storage only: what models see comes from `buckets`.
+        lengths: Number of tokens of each prompt.
+        role_ids: `Role` of each token; -1 where padded.
+        demo_ids: Demonstration of each token; -1 outside of demonstrations.
+        answer: First token of the right answer, as it stands after the connective.
+        foil: First token of a wrong answer.
+        texts: The prompts as text, without BOS.
+        task: Where the words come from.
+        template: Template text.
+        seed: Seed the words were drawn with.
+        tokenizer: The tokenizer.
+        prepend_bos: Whether each prompt starts with one BOS.
+        n_ctx: Context length of the model they were made for.
+        dropped: What was left out, as reason to count.
+    """
+
+    samples: tuple[Sample, ...]
+    tokens: Int[Tensor, "prompt pos"]
+    lengths: Int[Tensor, " prompt"]
+    role_ids: Int[Tensor, "prompt pos"]
+    demo_ids: Int[Tensor, "prompt pos"]
+    answer: Int[Tensor, " prompt"]
+    foil: Int[Tensor, " prompt"]
+    texts: tuple[str, ...]
+    task: Task
+    template: str
+    seed: int
+    tokenizer: Any
+    prepend_bos: bool
+    n_ctx: int
+    dropped: Mapping[str, int]
+
+    def __len__(self) -> int:
+        """Number of prompts."""
+        return len(self.samples)
+
+    @property
+    def n_demos(self) -> int:
+        """Number of demonstrations of each prompt."""
+        return len(self.samples[0].demos)
+
+    @property
+    def demos(self) -> tuple[tuple[tuple[str, str], ...], ...]:
+        """The demonstrations of each prompt as (input, answer)."""
+        return tuple(tuple(sample.demos) for sample in self.samples)
+
+    @property
+    def query(self) -> tuple[str, ...]:
+        """The query of each prompt."""
+        return tuple(sample.query for sample in self.samples)
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What these prompts were made from, as plain values."""
+        return {
+            "task": self.task.name,
+            "family": self.task.family,
+            "template": self.template,
+            "n_prompts": len(self),
+            "n_demos": self.n_demos,
+            "seed": self.seed,
+            "dropped": dict(self.dropped),
+        }
+
+    def mask(self, role: str) -> Bool[Tensor, "prompt pos"]:
+        """Mark every token of a role.
+
+        Raises:
+            UnknownName: if there is no such role.
+        """
+        return self.role_ids == parse_role(role)
+
+    def spans(self, role: str) -> Int[Tensor, "prompt *demo end"]:
+        """Get first and last token (inclusive) of a role's span.
+
+        Returns:
+            ``[prompt, demo, 2]`` for roles of demonstrations, ``[prompt, 2]`` for bos, query_x and
+            query_is.
+
+        Raises:
+            UnknownName: if there is no such role.
+            PromptError: if the prompts have no such tokens.
+        """
+        wanted = parse_role(role)
+        mask = self.mask(role)
+        if wanted in DEMO_ROLES:
+            index = torch.arange(self.n_demos)
+            each = mask[:, None] & (self.demo_ids[:, None] == index[:, None])
+        else:
+            each = mask[:, None]
+        if each.shape[1] == 0 or not each.any(-1).all():
+            have = [ROLE_NAMES[r] for r in sorted(set(self.role_ids.flatten().tolist())) if r >= 0]
+            raise PromptError(
+                f"not every prompt has a {wanted.label!r} token in each demonstration (template "
+                f"{self.template!r}, {self.n_demos} demonstrations): roles here are {have}"
+            )
+        first = each.int().argmax(-1)
+        last = each.shape[-1] - 1 - each.int().flip(-1).argmax(-1)
+        ends = torch.stack([first, last], -1)
+        return ends if wanted in DEMO_ROLES else ends[:, 0]
+
+    def positions(self, role: str) -> Int[Tensor, "prompt *demo"]:
+        """Get the last token of a role's span, ``[prompt, demo]`` or ``[prompt]``; see `spans`."""
+        return self.spans(role)[..., 1]
+
+    def buckets(self) -> Iterator[tuple[Int[Tensor, " row"], Int[Tensor, "row pos"]]]:
+        """Go through the prompts by length: row numbers and their tokens, with no padding."""
+        for length in self.lengths.unique().tolist():
+            rows = (self.lengths == length).nonzero()[:, 0]
+            yield rows, self.tokens[rows, :length]
+
+    def select(self, rows: Sequence[int] | Tensor) -> Prompts:
+        """Keep some prompts, in the order given.
+
+        Raises:
+            PromptError: if none is selected.
+        """
+        index = torch.as_tensor(rows, dtype=torch.long)
+        if len(index) == 0:
+            raise PromptError("empty selection: expected at least one prompt")
+        fields = ("tokens", "lengths", "role_ids", "demo_ids", "answer", "foil")
+        return replace(
+            self,
+            samples=tuple(self.samples[i] for i in index),
+            texts=tuple(self.texts[i] for i in index),
+            **{name: getattr(self, name)[index] for name in fields},
+        )
+
+    def zero_shot(self) -> Prompts:
+        """Take the demonstrations away: the queries alone, with the same answers and foils."""
+        bare = [Sample([], s.query, s.answer, s.foil) for s in self.samples]
+        prompts, _ = _assemble(bare, self)
+        return prompts
+
+    def corrupt(self, kind: str, *, seed: int = 1, other: str | Task | None = None) -> Contrast:
+        """Make the corrupted twin of each prompt: same lengths, same roles, other words.
+
+        Args:
+            kind: ``task``, ``random_answers``, ``labels``, ``answers``, ``inputs`` or ``query``.
+            seed: Decides what is drawn; each prompt has a generator of its own.
+            other: The other relation for ``task``; None for the task's declared partner.
+
+        Returns:
+            The pairs; prompts that cannot be aligned leave both sides and are counted in
+            ``corrupted.dropped``.
+
+        Raises:
+            UnknownName: if there is no such corruption or other task.
+            PromptError: if the task cannot have this corruption, or no prompt could be aligned.
+        """
+        if other is None and kind == "task" and getattr(self.task, "partner", None):
+            other = self.task.partner
+        other = get_task(other) if other is not None else None
+        check_corruption(kind, self.task, other)
+        if kind != "query" and self.n_demos == 0:
+            raise PromptError(f"corruption {kind!r} changes demonstrations, and there are none")
+        dropped: Counter[str] = Counter()
+        kept, samples = [], []
+        for row in range(len(self)):
+            rng = np.random.default_rng([seed, row])
+            try:
+                samples.append(corrupt_words(kind, self._words(row), rng, self.task, other))
+                kept.append(row)
+            except Misaligned as reason:
+                dropped[str(reason)] += 1
+        corrupted, rows = _assemble(samples, self, dropped)
+        kept = [kept[row] for row in rows]
+        same = (corrupted.role_ids == self.role_ids[kept][:, : corrupted.role_ids.shape[1]]).all(1)
+        same &= corrupted.lengths == self.lengths[kept]
+        if not same.all():
+            corrupted.dropped["corrupted words split into other tokens"] = int((~same).sum())  # type: ignore[index]
+        if not same.any():
+            reasons = ", ".join(f"{k} ({v})" for k, v in corrupted.dropped.items())
+            raise PromptError(
+                f"corruption {kind!r} fits none of {len(self)} prompts of {self.task.name!r}: "
+                f"{reasons}; use another corruption"
+            )
+        index = same.nonzero()[:, 0]
+        corrupted = corrupted.select(index)
+        clean = self.select([kept[i] for i in index])
+        clean = replace(
+            clean,
+            answer=corrupted.answer,
+            foil=corrupted.foil,
+            samples=tuple(
+                _refoil(sample, twin.foil)
+                for sample, twin in zip(clean.samples, corrupted.samples, strict=True)
+            ),
+        )
+        return Contrast(clean, corrupted, kind)
+
+    def show(self, i: int = 0, width: int = 80) -> str:
+        """Write one prompt as its tokens above their roles, in lines of at most ``width``."""
+        pieces = self.tokenizer.convert_ids_to_tokens(self.tokens[i, : self.lengths[i]].tolist())
+        cells = []
+        for piece, role, demo in zip(pieces, self.role_ids[i], self.demo_ids[i], strict=False):
+            name = ROLE_NAMES[role] + (f"[{demo}]" if demo >= 0 else "")
+            text = str(piece).replace("\n", "\\n")
+            size = max(len(text), len(name))
+            cells.append((text.ljust(size), name.ljust(size)))
+        lines, line = [], []
+        for cell in [*cells, None]:
+            if cell is None or sum(len(c[0]) + 1 for c in [*line, cell]) > width:
+                lines += [" ".join(part).rstrip() for part in zip(*line, strict=True)]
+                lines.append("")
+                line = []
+            line.append(cell)
+        return "\n".join(lines[:-1])
+
+    def __repr__(self) -> str:
+        """Task, number, and the first prompt."""
+        first = textwrap.shorten(self.texts[0], 60, placeholder=" ...")
+        return f"Prompts({self.task.name!r}, {len(self)} x {self.n_demos} demos: {first!r})"
+
+    @cached_property
+    def _lengths_of(self) -> dict[tuple[str, str], int]:
+        return {}
+
+    def _n_tokens(self, word: str, role: str) -> int:
+        """Count the tokens of a word where it stands in a prompt, behind other text."""
+        key = (word, role)
+        if key not in self._lengths_of:
+            template = Template.parse(self.template)
+            lead = "a" + template.gap if role == "answer" else (template.after or "") + template.before
+            lead = lead if lead.strip() or role == "answer" else lead
+            encode = self.tokenizer.encode
+            with_word = encode(lead + word, add_special_tokens=False)
+            self._lengths_of[key] = len(with_word) - len(
+                encode(lead.rstrip(" "), add_special_tokens=False)
+            )
+        return self._lengths_of[key]
+
+    def _words(self, row: int) -> Words:
+        roles, demos = self.role_ids[row], self.demo_ids[row]
+
+        def count(role: Role, demo: int) -> int:
+            return int(((roles == role) & (demos == demo)).sum())
+
+        each = range(self.n_demos)
+        return Words(
+            self.samples[row],
+            tuple(count(Role.x, i) for i in each),
+            tuple(count(Role.answer, i) for i in each),
+            count(Role.query_x, -1),
+            self._n_tokens,
+        )
+
+
+def _refoil(sample: Sample, foil: str) -> Sample:
+    """Replace the foil and keep the rule, where the sample carries one."""
+    new = sample._replace(foil=foil) if type(sample) is Sample else None
+    if new is None:
+        new = type(sample)(
+            sample.demos, sample.query, sample.answer, foil,
+            rule=sample.rule, rule_name=sample.rule_name,  # type: ignore[attr-defined]
+        )  # fmt: skip
+    return new
+
+
+@dataclass(frozen=True, eq=False)
+class Contrast:
+    """Clean prompts and their corrupted twins: equal lengths and roles, row by row.
+
+    The metric reads the same two tokens, ``answer`` and ``foil``, in both runs.
+    """
+
+    clean: Prompts
+    corrupted: Prompts
+    corruption: str
+
+    def __post_init__(self) -> None:
+        """Refuse twins that do not align."""
+        check_aligned(self.clean, self.corrupted)
+
+    @property
+    def answer(self) -> Int[Tensor, " prompt"]:
+        """First token of the clean answer."""
+        return self.clean.answer
+
+    @property
+    def foil(self) -> Int[Tensor, " prompt"]:
+        """First token of the wrong answer that this corruption argues for."""
+        return self.clean.foil
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What the pairs were made from, as plain values."""
+        return {
+            **self.clean.provenance,
+            "corruption": self.corruption,
+            "corruption_seed": self.corrupted.seed,
+            "dropped_by_corruption": dict(self.corrupted.dropped),
+        }
+
+    def __len__(self) -> int:
+        """Number of pairs."""
+        return len(self.clean)
+
+    def select(self, rows: Sequence[int] | Tensor) -> Contrast:
+        """Keep some pairs, in the order given."""
+        return Contrast(self.clean.select(rows), self.corrupted.select(rows), self.corruption)
+
+    def __repr__(self) -> str:
+        """Task, corruption and number."""
+        return f"Contrast({self.clean.task.name!r}, {self.corruption!r}, {len(self)} pairs)"
+
+
+def check_aligned(clean: Prompts, corrupted: Prompts) -> None:
+    """Refuse prompts that differ in number, length or roles.
+
+    Raises:
+        PromptError: with the first prompt and token at which they differ.
+    """
+    if len(clean) != len(corrupted):
+        raise PromptError(
+            f"clean and corrupted are misaligned: {len(clean)} and {len(corrupted)} prompts; "
+            "make the pair with prompts.corrupt(...)"
+        )
+    for row in range(len(clean)):
+        n, m = int(clean.lengths[row]), int(corrupted.lengths[row])
+        ours, theirs = clean.role_ids[row, :n], corrupted.role_ids[row, :m]
+        if n != m or (ours != theirs).any():
+            at = int((ours[: min(n, m)] != theirs[: min(n, m)]).int().argmax()) if n == m else None
+            where = (
+                f"have {n} and {m} tokens"
+                if at is None
+                else f"differ in role at token {at}: {ROLE_NAMES[ours[at]]!r} and "
+                f"{ROLE_NAMES[theirs[at]]!r}"
+            )
+            raise PromptError(
+                f"clean and corrupted are misaligned: at prompt {row} they {where}; make the pair "
+                "with prompts.corrupt(...)"
+            )
+
+
+def make_prompts(
+    model: Any,
+    task: str | Task,
+    *,
+    n_demos: int = 8,
+    n_prompts: int = 64,
+    seed: int = 0,
+    template: str | None = None,
+    prepend_bos: bool | None = None,
+) -> Prompts:
+    """Make prompts of a task for a model.
+
+    Args:
+        model: A model; only its tokenizer, its context length and whether it wants BOS are read.
+        task: A task or the name of a shipped one.
+        n_demos: Demonstrations in each prompt.
+        n_prompts: Number of prompts. What cannot be aligned is left out, counted in ``dropped``
+            and replaced by further draws.
+        seed: Decides the words.
+        template: Text with ``{x}`` and ``{y}``; None for the model's own (``tv_template`` in its
+            tokenizer_config.json), else ``"{x} is {y}\\n"``.
+        prepend_bos: Whether to start with BOS; None for what the model uses.
+
+    Raises:
+        UnknownName: if there is no such task.
+        PromptError: for a template without ``{x}`` or ``{y}``, more demonstrations than the task
+            has, a word that the tokenizer drops or does not know, or prompts longer than the
+            model's context.
+
+    Example:
+        >>> model = load_model("reference")  # doctest: +SKIP
+        >>> make_prompts(model, "country-capital", n_demos=2, n_prompts=1)  # doctest: +SKIP
+    """
+    if n_prompts < 1:
+        raise PromptError(f"expected n_prompts of 1 or more, got {n_prompts}")
+    task = get_task(task)
+    tokenizer = getattr(model, "tokenizer", None)
+    check_tokenizer(tokenizer)
+    if template is None:
+        template = tokenizer.init_kwargs.get("tv_template", DEFAULT_TEMPLATE)
+    if prepend_bos is None:
+        wanted = getattr(model.cfg, "default_prepend_bos", True)
+        prepend_bos = bool(wanted) and tokenizer.bos_token_id is not None
+    Template.parse(template)
+    empty = Prompts(
+        samples=(), tokens=_NONE, lengths=_NONE[0], role_ids=_NONE, demo_ids=_NONE,
+        answer=_NONE[0], foil=_NONE[0], texts=(), task=task, template=template, seed=seed,
+        tokenizer=tokenizer, prepend_bos=prepend_bos, n_ctx=model.cfg.n_ctx, dropped={},
+    )  # fmt: skip
+    rng = np.random.default_rng(seed)
+    good: list[Sample] = []
+    dropped: Counter[str] = Counter()
+    for _ in range(20):
+        drawn = [Sample_of(task.sample(rng, n_demos)) for _ in range(n_prompts - len(good))]
+        _, kept = _assemble(drawn, empty, dropped)
+        good += [drawn[i] for i in kept]
+        if len(good) == n_prompts:
+            return _assemble(good, replace(empty, dropped=dict(dropped)))[0]
+    reasons = ", ".join(f"{reason} ({count})" for reason, count in dropped.items())
+    raise PromptError(
+        f"only {len(good)} of {n_prompts} prompts of {task.name!r} could be built: left out {reasons}"
+    )
+
+
+_NONE = torch.zeros(1, 0, dtype=torch.long)
+
+
+def Sample_of(drawn: Any) -> Sample:  # noqa: N802
+    """Accept any four values as a sample; a sample that carries its rule keeps it."""
+    return drawn if isinstance(drawn, Sample) else Sample(*drawn)
+
+
+def _assemble(
+    samples: Sequence[Sample], like: Prompts, dropped: Counter[str] | None = None
+) -> tuple[Prompts, list[int]]:
+    """Tokenize samples with the settings of other prompts.
+
+    Args:
+        samples: The words.
+        like: Prompts whose template, tokenizer and so on to use.
+        dropped: Counts what is left out; None to count from what ``like`` had.
+
+    Returns:
+        The prompts, and which samples they are.
+    """
+    dropped = Counter(like.dropped) if dropped is None else dropped
+    template = Template.parse(like.template)
+    rendered = [template.render(list(s.demos), s.query) for s in samples]
+    texts = ["".join(part for part, _, _ in segments) for segments in rendered]
+
+    def encode(lines: list[str]) -> Any:
+        return like.tokenizer(lines, add_special_tokens=False, return_offsets_mapping=True)
+
+    if samples:
+        plain = encode(texts)
+        answers, foils = (
+            encode([t + template.gap + w for t, w in zip(texts, words, strict=True)])["input_ids"]
+            for words in ([s.answer for s in samples], [s.foil for s in samples])
+        )
+    rows: list[tuple] = []
+    kept: list[int] = []
+    lead = [like.tokenizer.bos_token_id] if like.prepend_bos else []
+    for i in range(len(samples)):
+        ids, offsets = plain["input_ids"][i], plain["offset_mapping"][i]
+        _refuse_unknown(like.tokenizer, ids, offsets, texts[i], samples[i])
+        try:
+            roles, demos = assign_roles(texts[i], rendered[i], offsets)
+            answer, foil = (
+                _first_new(ids, longer, word)
+                for longer, word in ((answers[i], samples[i].answer), (foils[i], samples[i].foil))
+            )
+            if answer == foil:
+                raise Misaligned("answer and foil share their first token")
+        except Misaligned as reason:
+            dropped[str(reason)] += 1
+            continue
+        _refuse_unknown(like.tokenizer, [answer, foil], None, "", samples[i])
+        if len(lead) + len(ids) > like.n_ctx:
+            raise PromptError(
+                f"a prompt has {len(lead) + len(ids)} tokens and the model's context {like.n_ctx}: "
+                "use fewer demonstrations or a shorter template"
+            )
+        roles = [Role.bos] * len(lead) + roles
+        rows.append((lead + ids, roles, [-1] * len(lead) + demos, answer, foil))
+        kept.append(i)
+    width = max((len(row[0]) for row in rows), default=0)
+    pad = like.tokenizer.pad_token_id or 0
+
+    def stack(column: int, fill: int) -> Tensor:
+        padded = [list(row[column]) + [fill] * (width - len(row[0])) for row in rows]
+        return torch.tensor(padded, dtype=torch.long).reshape(len(rows), width)
+
+    prompts = replace(
+        like,
+        samples=tuple(samples[i] for i in kept),
+        texts=tuple(texts[i] for i in kept),
+        tokens=stack(0, pad),
+        lengths=torch.tensor([len(row[0]) for row in rows], dtype=torch.long),
+        role_ids=stack(1, -1),
+        demo_ids=stack(2, -1),
+        answer=torch.tensor([row[3] for row in rows], dtype=torch.long),
+        foil=torch.tensor([row[4] for row in rows], dtype=torch.long),
+        dropped=dict(dropped),
+    )
+    return prompts, kept
+
+
+def _first_new(ids: list[int], longer: list[int], word: str) -> int:
+    """Get the first token of a word put behind a prompt."""
+    if longer[: len(ids)] != ids:
+        raise Misaligned("the answer's first token merges with the connective")
+    if len(longer) == len(ids):
+        raise PromptError(f"the tokenizer drops {word!r}: it has no token for it; use another word")
+    return longer[len(ids)]
+
+
+def _refuse_unknown(tokenizer: Any, ids, offsets, text: str, sample: Sample) -> None:
+    """Refuse unknown tokens: a model reads all unknown words as the same word."""
+    unknown_id = tokenizer.unk_token_id
+    if unknown_id is None or unknown_id not in ids or tokenizer.unk_token == tokenizer.eos_token:
+        return
+    if offsets is None:
+        word = f"{sample.answer!r} or {sample.foil!r}"
+    else:
+        start, end = offsets[ids.index(unknown_id)]
+        word = repr(text[start:end])
+    raise PromptError(
+        f"the tokenizer does not know {word} and reads it as {tokenizer.unk_token!r}: use words "
+        "and a template of the model's vocabulary"
+    )

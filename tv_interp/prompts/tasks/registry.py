@@ -1,0 +1,51 @@
+"""Find a task by name."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from ...errors import unknown
+from .base import Task
+from .bijection import bijection_tasks
+from .categorization import categorization_tasks
+from .knowledge import knowledge_tasks
+from .lookup import LookUp
+
+
+@cache
+def _tasks() -> dict[str, Task]:
+    tasks = [*knowledge_tasks(), *categorization_tasks(), *bijection_tasks(), LookUp()]
+    return {task.name: task for task in tasks}
+
+
+def get_task(name: str | Task) -> Task:
+    """Get a shipped task by name; a task object is handed back as it is.
+
+    Raises:
+        UnknownName: if there is no such task; the message has the nearest names.
+
+    Example:
+        >>> get_task("country-capital")
+        PairTask('country-capital', family='knowledge', 45 pairs)
+    """
+    if not isinstance(name, str):
+        return name
+    if name not in _tasks():
+        raise unknown("task", name, _tasks())
+    return _tasks()[name]
+
+
+def list_tasks(family: str | None = None) -> list[str]:
+    """List the names of the shipped tasks, of one family or of all.
+
+    Raises:
+        UnknownName: if there is no such family.
+
+    Example:
+        >>> list_tasks("categorization")
+        ['simple-string', 'digit', '2d-data']
+    """
+    families = {task.family for task in _tasks().values()}
+    if family is not None and family not in families:
+        raise unknown("family", family, families)
+    return [name for name, task in _tasks().items() if family in (None, task.family)]

@@ -1,0 +1,52 @@
+"""The word lists that ship with the package, read from ``data/``."""
+
+from __future__ import annotations
+
+import csv
+import string
+from functools import cache
+from importlib.resources import files
+
+NUMBERS = tuple(str(n) for n in range(100))
+LETTERS = tuple(string.ascii_lowercase)
+DECADES = (
+    "ones",
+    "tens",
+    "twenties",
+    "thirties",
+    "forties",
+    "fifties",
+    "sixties",
+    "seventies",
+    "eighties",
+    "nineties",
+)
+
+
+@cache
+def table(name: str) -> tuple[dict[str, str], ...]:
+    """Read the rows of ``data/<name>.tsv``, one dict of column to word for each row."""
+    with (files(__package__) / "data" / f"{name}.tsv").open(encoding="utf-8") as file:
+        return tuple(csv.DictReader(file, delimiter="\t"))
+
+
+def column(name: str, key: str) -> tuple[str, ...]:
+    """Read one column of a table, in order, repeats included."""
+    return tuple(row[key] for row in table(name))
+
+
+@cache
+def label_words() -> tuple[str, ...]:
+    """Read the label words that the reference models see as labels in training."""
+    return tuple(w for i, w in enumerate(_all_label_words()) if i % 10 != 9)
+
+
+@cache
+def held_out_label_words() -> tuple[str, ...]:
+    """Read the label words that the reference models never see as labels in training."""
+    return tuple(w for i, w in enumerate(_all_label_words()) if i % 10 == 9)
+
+
+@cache
+def _all_label_words() -> tuple[str, ...]:
+    return tuple((files(__package__) / "data" / "labels.txt").read_text("utf-8").split())
