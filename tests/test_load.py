@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import json
 import os
 import random
 import socket
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import KINDS, precise, tiny_model
 from random_models import (
     ARCHITECTURES,
     TrueFloat64,
@@ -23,27 +25,36 @@ from random_models import (
 from tokenizers import Tokenizer
 
 from tv_interp.errors import FileError, ModelError, UnknownName
-from tv_interp.models import load
-from tv_interp.models.load import bridge_from_hf, hooked_from_hf, load_model
+from tv_interp.models import convert, load
+from tv_interp.models.convert import bridge_from_hf, hooked_from_hf
+from tv_interp.models.load import load_model
 
-try:
-    from transformer_lens import HookedTransformer
-except ImportError:  # TransformerLens 4
-    HookedTransformer = None
-
-needs_hooked = pytest.mark.skipif(HookedTransformer is None, reason="TransformerLens 4")
-BACKENDS = ("bridge",) if HookedTransformer is None else ("hooked", "bridge")
-AUTO = BACKENDS[0]
+HookedTransformer = convert.hooked_class()
+AUTO = KINDS[0]
+needs_hooked = pytest.mark.skipif(AUTO != "hooked", reason="TransformerLens 4")
 TEXT = "w3 is w40\nw7 is w21\nw5 -> unheard"
 TOKENS = torch.randint(3, 60, (3, 20), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """A tiny Llama on disk, read-only by agreement."""
-    directory = tmp_path_factory.mktemp("models") / "tiny"
-    tokenizer = word_tokenizer(words())
-    return save_checkpoint(directory, hf_model("llama"), tokenizer, template="{x} -> {y}\n")
+def saved(tmp_path_factory):
+    """Save a tiny model once: its directory, read-only by agreement, and the logits HF gives."""
+
+    @functools.cache
+    def save(arch, dtype=torch.float32, window=None, prepend_bos=True):
+        directory = tmp_path_factory.mktemp("models") / "tiny"
+        tokenizer = word_tokenizer(words(), prepend_bos=prepend_bos)
+        with precise(dtype):
+            reference = hf_model(arch, dtype=dtype, window=window)
+            save_checkpoint(directory, reference, tokenizer, template="{x} -> {y}\n")
+            return directory, logits(reference)
+
+    return save
+
+
+@pytest.fixture
+def checkpoint(saved):
+    return saved("llama")[0]
 
 
 @pytest.fixture
@@ -81,18 +92,16 @@ def logits(model) -> torch.Tensor:
 # One set of numbers
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
     ("arch", "window"), [*((arch, None) for arch in ARCHITECTURES), ("mistral", 5), ("gemma2", 5)]
 )
-def test_directory_gives_logits_of_hf_eager(arch, dtype, window, backend, tmp_path):
-    exact = TrueFloat64() if dtype == torch.float64 else contextlib.nullcontext()
-    with exact:
-        reference = hf_model(arch, dtype=dtype, window=window)
-        save_checkpoint(tmp_path, reference, word_tokenizer(words()))
-        model = load_model(tmp_path, backend=backend)
-        expected, got = logits(reference), logits(model)
+def test_directory_gives_logits_of_hf_eager(arch, dtype, window, backend, saved):
+    directory, expected = saved(arch, dtype, window)
+    with precise(dtype):
+        model = load_model(directory, backend=backend)
+        got = logits(model)
     assert kind(model) == backend and got.dtype == dtype and not model.training
     tolerance = 1e-5 if dtype == torch.float32 else 1e-10
     torch.testing.assert_close(got, expected, rtol=0, atol=tolerance)
@@ -127,7 +136,7 @@ def test_settings_of_the_hf_config_are_kept(arch, fields):
 @needs_hooked
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_both_classes_agree_on_the_config(arch):
-    hooked, bridge = hooked_from_hf(hf_model(arch)), bridge_from_hf(hf_model(arch))
+    hooked, bridge = tiny_model(arch, "hooked"), tiny_model(arch, "bridge")
     for field in ("n_layers", "n_heads", "d_model", "d_head", "d_vocab", "n_ctx"):
         assert getattr(hooked.cfg, field) == getattr(bridge.cfg, field), field
     assert hooked.cfg.default_prepend_bos == bridge.cfg.default_prepend_bos
@@ -135,8 +144,8 @@ def test_both_classes_agree_on_the_config(arch):
 
 @needs_hooked
 def test_map_that_is_wrong_is_noticed(monkeypatch):
-    config = load._hooked_config
-    monkeypatch.setattr(load, "_hooked_config", lambda *a: config(*a) | {"rotary_base": 99.0})
+    config = convert._hooked_config
+    monkeypatch.setattr(convert, "_hooked_config", lambda *a: config(*a) | {"rotary_base": 99.0})
     with pytest.raises(ModelError, match="LlamaForCausalLM as a HookedTransformer gives other"):
         hooked_from_hf(hf_model("llama"))
 
@@ -167,18 +176,13 @@ def test_shards(broken):
 # The tokenizer as it is on disk
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", KINDS)
 @pytest.mark.parametrize("arch", ["llama", "qwen2"])
 @pytest.mark.parametrize("prepend_bos", [True, False])
-def test_tokenizer_is_the_one_on_disk(prepend_bos, arch, backend, tmp_path):
-    save_checkpoint(
-        tmp_path,
-        hf_model(arch),
-        word_tokenizer(words(), prepend_bos=prepend_bos),
-        template="{x} -> {y}\n",
-    )
-    on_disk = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    model = load_model(tmp_path, backend=backend)
+def test_tokenizer_is_the_one_on_disk(prepend_bos, arch, backend, saved):
+    directory, _ = saved(arch, prepend_bos=prepend_bos)
+    on_disk = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    model = load_model(directory, backend=backend)
     encoded = model.tokenizer(TEXT, return_offsets_mapping=True)
     assert encoded["input_ids"] == on_disk.encode(TEXT).ids
     assert encoded["offset_mapping"] == on_disk.encode(TEXT).offsets
@@ -206,7 +210,7 @@ def test_auto_takes_hooked_where_it_can(checkpoint):
     assert all(weight.requires_grad for weight in model.parameters())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", KINDS)
 def test_nothing_else_changes(backend, checkpoint, capfd):
     from transformers.utils import logging
 
@@ -230,7 +234,7 @@ def test_nothing_else_changes(backend, checkpoint, capfd):
 def test_presets_are_the_subdirectories(checkpoint, monkeypatch):
     monkeypatch.setattr(load, "WEIGHTS", checkpoint.parent)
     assert load.reference_directory("tiny") == checkpoint
-    assert load.reference_directory("../models/tiny") is None
+    assert load.reference_directory(f"../{checkpoint.parent.name}/tiny") is None
     assert load.reference_directory("") is None
     assert load_model("tiny").cfg.model_name == "tiny"
     with pytest.raises(UnknownName, match="unknown model 'tinny': did you mean 'tiny'"):
@@ -239,12 +243,14 @@ def test_presets_are_the_subdirectories(checkpoint, monkeypatch):
         load_model("reference")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", KINDS)
 def test_held_model_is_returned_as_it_is(backend):
-    build = hooked_from_hf if backend == "hooked" else bridge_from_hf
-    model = build(hf_model("gpt2")).train()
-    assert load_model(model) is model is load_model(model, backend=backend)
-    assert model.training
+    model = tiny_model("gpt2", backend).train()
+    try:
+        assert load_model(model) is model is load_model(model, backend=backend)
+        assert model.training
+    finally:
+        model.eval()  # others have it too
     other = "bridge" if backend == "hooked" else "hooked"
     with pytest.raises(ModelError, match=f"you hold a .*: leave out backend='{other}'"):
         load_model(model, backend=other)
@@ -291,7 +297,8 @@ def test_hooked_refuses_other_architectures():
 
 
 def test_no_hooked_transformer(monkeypatch, checkpoint):
-    monkeypatch.setattr(load, "_hooked_class", lambda: None)
+    for module in (convert, load):
+        monkeypatch.setattr(module, "hooked_class", lambda: None)
     assert kind(load_model(checkpoint)) == "bridge"
     for name in (checkpoint, "gpt2"):
         with pytest.raises(ModelError, match='has no HookedTransformer.*use backend="bridge"'):
@@ -318,7 +325,7 @@ def test_hub_failure_is_one_line(monkeypatch):
     if HookedTransformer is not None:
         monkeypatch.setattr(HookedTransformer, "from_pretrained_no_processing", offline)
     for name in ("gpt2", "nobody/no-model"):
-        for backend in ("auto", *BACKENDS):
+        for backend in ("auto", *KINDS):
             with pytest.raises(ModelError) as caught:
                 load_model(name, backend=backend)
             message = str(caught.value)
@@ -327,18 +334,40 @@ def test_hub_failure_is_one_line(monkeypatch):
             assert "\n" not in message and len(message) < 400
 
 
+@pytest.mark.parametrize("offline", [False, True])
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch, offline):
+    from huggingface_hub import constants
+
+    asked = []
+
+    def refuse(host, *args, **kwargs):
+        asked.append(host)
+        raise socket.gaierror("Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    with pytest.raises(ModelError, match="'nobody/no-model' is neither .* couldn't connect to "):
+        load_model("nobody/no-model")
+    assert len(asked) == (0 if offline else 1)
+    assert constants.HF_HUB_OFFLINE == offline
+
+
 def test_hub_names_reach_the_right_class(monkeypatch):
+    from huggingface_hub import constants
     from transformer_lens.model_bridge import TransformerBridge
 
     asked = []
 
     def give(which):
         def loader(name, **kwargs):
+            assert not constants.HF_HUB_OFFLINE
             asked.append((which, name, kwargs["dtype"], kwargs["device"]))
             return torch.nn.Linear(1, 1)
 
         return loader
 
+    answers = SimpleNamespace(head=lambda url, timeout: "any")
+    monkeypatch.setattr("huggingface_hub.get_session", lambda: answers)
     monkeypatch.setattr(TransformerBridge, "boot_transformers", give("bridge"))
     if HookedTransformer is not None:
         monkeypatch.setattr(HookedTransformer, "from_pretrained_no_processing", give("hooked"))

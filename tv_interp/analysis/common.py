@@ -132,7 +132,7 @@ def all_heads(adapter: Adapter) -> list[Head]:
 
 
 def as_sites(heads: Iterable[Site | Head | str], at: str, adapter: Adapter) -> list[Site]:
-    """Accept sites, their text, or (layer, head) pairs.
+    """Accept sites, their text, or (layer, head) pairs; a head named twice counts once.
 
     Raises:
         UnknownName: if a text is no site.
@@ -151,4 +151,4 @@ def as_sites(heads: Iterable[Site | Head | str], at: str, adapter: Adapter) -> l
         out.append(Site(site.layer, site.head, "z", at))
     if not out:
         raise TvInterpError("empty selection: expected at least one head")
-    return out
+    return list(dict.fromkeys(out))

@@ -359,7 +359,8 @@ def knock_out(
         prompts: Clean prompts.
         dest: Role that may no longer look.
         src: Role that it may no longer look at.
-        sets: Heads that are cut together, by name; None for each head alone.
+        sets: Heads that are cut together, by name; None for each head alone; an empty set has
+            effect 0.
         demos: Cut only what is in these demonstrations, for a src of demonstrations; None for all.
         metric: Name of a metric; ``kl`` compares with the run that is not cut.
         progress: Whether to show a progress bar.
@@ -389,7 +390,8 @@ def knock_out(
         src_mask = src_mask & torch.isin(prompts.demo_ids, torch.tensor(list(demos)))
     groups: list[list[Head]] = [[head] for head in all_heads(adapter)]
     if sets is not None:
-        groups = [[s.at for s in as_sites(heads, dest, adapter)] for heads in sets.values()]
+        members = [list(heads) for heads in sets.values()]
+        groups = [[s.at for s in as_sites(m, dest, adapter)] if m else [] for m in members]
     variants: list[Variant] = [
         tuple(Cut(layer, head, dest_mask, src_mask) for layer, head in group) for group in groups
     ]

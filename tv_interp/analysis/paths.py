@@ -19,11 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import TvInterpError, unknown
+from ..errors import PromptError, TvInterpError, unknown
 from ..interventions.engine import ROWS_PER_RUN, Recorded, Run, chunks, run_variants
 from ..interventions.sites import Head, Patch, Site, Variant
 from ..models.adapter import Adapter
 from ..prompts import Contrast
+from ..prompts.roles import DEMO_ROLES, parse_role
 from ..scores import Metric, Scores
 from .common import Direction, Experiment, all_heads, as_sites
 
@@ -68,6 +69,7 @@ def patch_paths(
 
     Raises:
         UnknownName: for an unknown role, via or through.
+        PromptError: if ``receiver_at`` is a role of demonstrations.
         TvInterpError: if no sender is below any receiver.
     """
     if through != "direct":
@@ -76,6 +78,11 @@ def patch_paths(
     for one in several:
         if one not in VIA:
             raise unknown("via", one, VIA)
+    if parse_role(receiver_at) in DEMO_ROLES:
+        raise PromptError(
+            f"receivers read at one token, got {receiver_at!r}, a role of every demonstration: use "
+            "'query_is'"
+        )
     run = Experiment(model, contrast, recorded, direction, metric, receiver_at)
     adapter = run.adapter
     read_at = as_sites(receivers, receiver_at, adapter)
@@ -90,8 +97,8 @@ def patch_paths(
             "no path between the chosen senders and receivers: every sender is in the layer of a "
             "receiver or above; choose senders below"
         )
-    messages = _messages(run.adapter, run.base, run.donor, write_at)
-    received = _receive(run.adapter, run.base, messages, pairs, several)
+    messages = _messages(adapter, run.base, run.donor, write_at)
+    received = _receive(adapter, run.base, messages, pairs, several)
     variants: list[Variant] = [
         (Patch(r, received[s, r, one]),) for s, r in pairs for one in several
     ]
@@ -114,24 +121,29 @@ def _messages(
     adapter: Adapter, base: Run, donor: Run, senders: Sequence[Site]
 ) -> dict[Site, Tensor]:
     """Compute the change of the attention output that each sender makes, ``[prompt, demo, d_model]``."""
-    out: dict[Site, Tensor] = {}
-    places = base.prompts.positions(senders[0].role)
-    places = places if places.ndim == 2 else places[:, None]
+    places = _demo_axis(base.prompts.positions(senders[0].role), 2)
     values = donor.z_at(senders[0].role)
     width = adapter.model.cfg.d_model
-    for site in senders:
-        out[site] = torch.zeros(*places.shape, width, dtype=adapter.dtype)
-        value = values[:, site.layer, ..., site.head, :]
-        value = value if value.ndim == 3 else value[:, None]
-        for rows, tokens in chunks(base.prompts):
-            index = torch.arange(len(rows), device=adapter.device)[:, None]
-            at = (index, places[rows].to(adapter.device))
-            name = ("attn_out", site.layer)
-            _, plain = adapter.read(tokens, [name])
-            edit = _replace((*at, site.head), value[rows].to(adapter.device))
-            _, changed = adapter.read(tokens, [name], {("z", site.layer): edit})
-            out[site][rows] = (changed[name][at] - plain[name][at]).cpu()
+    out = {s: torch.zeros(*places.shape, width, dtype=adapter.dtype) for s in senders}
+    for rows, tokens in chunks(base.prompts):
+        index = torch.arange(len(rows), device=adapter.device)[:, None]
+        at = (index, places[rows].to(adapter.device))
+        tape = adapter.tape(tokens)
+        every = torch.arange(len(rows))
+        for layer in sorted({site.layer for site in senders}):
+            name = ("attn_out", layer)
+            plain = adapter.read_block(tape, layer, every, [name])[name]
+            for site in (s for s in senders if s.layer == layer):
+                value = _demo_axis(values[rows, layer, ..., site.head, :], 3).to(adapter.device)
+                edit = _replace((*at, site.head), value)
+                changed = adapter.read_block(tape, layer, every, [name], {("z", layer): edit})[name]
+                out[site][rows] = (changed[at] - plain[at]).cpu()
     return out
+
+
+def _demo_axis(values: Tensor, ndim: int) -> Tensor:
+    """Give values at a role outside of demonstrations a demonstration axis of one."""
+    return values if values.ndim == ndim else values[:, None]
 
 
 def _receive(
@@ -151,30 +163,33 @@ def _receive(
             group.append(sender)
         for via in several:
             out[sender, receiver, via] = torch.zeros(shape, dtype=adapter.dtype)
-    places = base.prompts.positions(pairs[0][0].role)
-    places = places if places.ndim == 2 else places[:, None]
+    places = _demo_axis(base.prompts.positions(pairs[0][0].role), 2)
     last = base.prompts.positions(pairs[0][1].role)
-    for layer, senders in senders_of.items():
-        readers = sorted({r for _, r in pairs if r.layer == layer})
-        for rows, tokens in chunks(base.prompts, max(1, ROWS_PER_RUN // len(senders))):
-            n = len(senders)
-            _, plain = adapter.read(tokens, [(what, layer) for what in "qkv"])
+    for rows, tokens in chunks(base.prompts, ROWS_PER_RUN // 4):
+        tape = adapter.tape(tokens)
+        for layer, senders in senders_of.items():
+            readers = sorted({r for _, r in pairs if r.layer == layer})
+            n, every = len(senders), torch.arange(len(rows))
+            plain = adapter.read_block(tape, layer, every, [(what, layer) for what in "qkv"])
             index = torch.arange(n * len(rows), device=adapter.device)[:, None]
-            at = (index, places[rows].repeat(n, 1).to(adapter.device))
-            message = torch.cat([messages[s][rows] for s in senders]).to(adapter.device)
+            message = torch.zeros(n * len(rows), *tape.resid[layer].shape[1:], dtype=adapter.dtype)
+            message = message.to(adapter.device)
+            where = (index, places[rows].repeat(n, 1).to(adapter.device))
+            message[where] = torch.cat([messages[s][rows] for s in senders]).to(adapter.device)
             for via in several:
-                edits = {("resid_pre", layer): _add(at, message)}
+                edits = {}
                 for what in {"q", "k", "v"} - set(via):
                     whole = plain[what, layer]
                     edits[what, layer] = _put(whole.repeat(n, *[1] * (whole.ndim - 1)))
-                _, store = adapter.read(tokens.repeat(n, 1), [("z", layer)], edits)
+                store = adapter.read_block(
+                    tape, layer, every.repeat(n), [("z", layer)], edits, add=message
+                )
                 z = store["z", layer].unflatten(0, (n, len(rows)))
-                row = torch.arange(len(rows))
                 for i, sender in enumerate(senders):
                     for reader in readers:
                         key = (sender, reader, via)
                         if key in out:
-                            out[key][rows] = z[i, row, last[rows], reader.head].cpu()
+                            out[key][rows] = z[i, every, last[rows], reader.head].cpu()
     return out
 
 
@@ -182,15 +197,6 @@ def _replace(at: tuple, value: Tensor):
     def edit(activation: Tensor) -> Tensor:
         new = activation.clone()
         new[at] = value
-        return new
-
-    return edit
-
-
-def _add(at: tuple, value: Tensor):
-    def edit(activation: Tensor) -> Tensor:
-        new = activation.clone()
-        new[at] = new[at] + value
         return new
 
     return edit

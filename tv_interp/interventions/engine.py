@@ -1,12 +1,16 @@
 """Run a model under interventions. The only way anything is changed in a run.
 
-A *variant* is a set of patches and cuts that are made in one run. `run_variants` stacks variants
-and prompts of equal length in the batch axis, in chunks, and reads a metric off each: nothing is
-approximated, and no result depends on the chunks.
+A *variant* is a set of patches and cuts that are made in one run. Causal masking: a patch at layer
+l and position p reaches only layers from l and positions from p on. So the plain run is recorded
+once, and for each variant only what it can reach is computed again, by the model's own blocks, with
+variants that enter at the same place stacked in the batch axis. Nothing is approximated, and no
+result depends on the chunks. Where a model's blocks cannot be called again exactly (a self-test
+against the recorded logits says so), every variant takes a full forward pass.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -144,21 +148,42 @@ def run_variants(
     """
     adapter = Adapter.of(model)
     check_fits(adapter, prompts)
-    work = []
-    for rows, tokens in chunks(prompts, rows_per_run):
-        size = max(1, rows_per_run // len(rows))
-        work += [
-            (rows, tokens, start, variants[start : start + size])
-            for start in range(0, len(variants), size)
-        ]
+    for variant in variants:
+        for change in variant:
+            _check_change(adapter, change)
     out: Tensor | None = None
-    for rows, tokens, start, some in tqdm(work, desc=progress, disable=progress is None, leave=False):
-        edits, reads = _edits(adapter, prompts, rows, tokens.shape[1], some)
-        logits = adapter.run(tokens.repeat(len(some), 1), edits, reads)
-        values = readout(logits, rows.repeat(len(some))).cpu()
-        if out is None:
-            out = torch.empty(len(variants), len(prompts), dtype=values.dtype)
-        out[start : start + len(some), rows] = values.reshape(len(some), len(rows))
+    batches = list(chunks(prompts, rows_per_run))
+    bar = tqdm(
+        total=len(batches) * len(variants), desc=progress, disable=progress is None, leave=False
+    )
+    resumes: bool | None = None
+    for rows, tokens in batches:
+        tape = adapter.tape(tokens)
+        resumes = _replay_is_exact(adapter, tape) if resumes is None else resumes
+        groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for i, variant in enumerate(variants):
+            groups[_entry(prompts, rows, variant, tape, resumes, adapter)].append(i)
+        for (layer, start), members in sorted(groups.items()):
+            share = tokens.shape[1] / (tokens.shape[1] - start)
+            size = max(1, int(rows_per_run * share) // len(rows))
+            for at in range(0, len(members), size):
+                some = members[at : at + size]
+                edits, reads = _edits(
+                    adapter, prompts, rows, (start, tokens.shape[1]), [variants[i] for i in some]
+                )
+                if layer == adapter.n_layers:
+                    logits = tape.logits[0].repeat(len(some), 1)
+                elif resumes:
+                    which = torch.arange(len(rows)).repeat(len(some))
+                    logits = adapter.replay(tape, layer, start, which, edits=edits, reads=reads)
+                else:
+                    logits = adapter.run(tokens.repeat(len(some), 1), edits, reads)
+                values = readout(logits, rows.repeat(len(some))).cpu()  # type: ignore[arg-type]
+                if out is None:
+                    out = torch.empty(len(variants), len(prompts), dtype=values.dtype)
+                out[torch.tensor(some)[:, None], rows] = values.reshape(len(some), len(rows))
+                bar.update(len(some))
+    bar.close()
     if out is None:
         return torch.empty(0, len(prompts))
     if not out.isfinite().all():
@@ -169,40 +194,102 @@ def run_variants(
     return out
 
 
+def _entry(
+    prompts: Prompts, rows: Tensor, variant: Variant, tape: Any, resumes: bool, adapter: Adapter
+) -> tuple[int, int]:
+    """Get the first layer and position that a variant changes in any of these prompts.
+
+    Causal masking: nothing before either can change. An empty variant enters after the last layer.
+    """
+    if not resumes:
+        return 0, 0
+    layers, starts = [adapter.n_layers], []
+    for change in variant:
+        if isinstance(change, Cut):
+            layers.append(change.layer)
+            starts.append(int(change.dest[rows].int().argmax(1).min()))
+        else:
+            layers.append(change.site.layer)
+            starts.append(int(_positions(prompts, rows, change).min()))
+    return min(layers), min(starts) if starts and tape.resumes_anywhere else 0
+
+
+def _replay_is_exact(adapter: Adapter, tape: Any) -> bool:
+    """Test that blocks called again from a middle layer and position give the recorded logits."""
+    rows = torch.arange(min(2, len(tape.resid[0]))) if tape.resid else torch.arange(0)
+    if len(tape.resid) != adapter.n_layers:
+        return _warn_slow(adapter)
+    middle = tape.resid[0].shape[1] // 2 if tape.resumes_anywhere else 0
+    last = tape.resid[0].shape[1] - 1 if tape.resumes_anywhere else 0
+    expected = tape.logits[0][rows.to(adapter.device)].float()
+    tolerance = 0.02 if adapter.dtype in (torch.bfloat16, torch.float16) else 1e-4
+    for start in {middle, last}:
+        try:
+            logits = adapter.replay(tape, adapter.n_layers // 2, start, rows)
+        except Exception:  # any failure of a block called by itself means the slow way
+            return _warn_slow(adapter)
+        assert logits is not None
+        error = (logits.float() - expected).abs().max() / (1 + expected.abs().max())
+        if not error <= tolerance:
+            return _warn_slow(adapter)
+    return True
+
+
+def _warn_slow(adapter: Adapter) -> bool:
+    warnings.warn(
+        f"the blocks of {adapter.name} cannot be run from a middle layer and position exactly, so "
+        "every intervention takes a full forward pass: the numbers are the same, only slower",
+        stacklevel=4,
+    )
+    return False
+
+
 def _edits(
-    adapter: Adapter, prompts: Prompts, rows: Tensor, n_pos: int, variants: Sequence[Variant]
+    adapter: Adapter,
+    prompts: Prompts,
+    rows: Tensor,
+    window: tuple[int, int],
+    variants: Sequence[Variant],
 ) -> tuple[dict[HookName, Edit], dict[HookName, Read]]:
-    """Gather the patches of stacked variants into one edit for each hook point."""
-    gathered: dict[tuple[HookName, str], list[tuple[Tensor, ...]]] = defaultdict(list)
-    cuts_by_layer: dict[int, Tensor] = {}
+    """Gather the patches of stacked variants into one edit for each hook point.
+
+    Args:
+        adapter: The model.
+        prompts: All prompts.
+        rows: Those in this batch.
+        window: First position that runs, and the prompts' length.
+        variants: The interventions, each over all rows, stacked in the batch axis.
+    """
+    start, n_pos = window
+    gathered: dict[HookName, dict[str, list[tuple[Tensor, ...]]]] = defaultdict(
+        lambda: defaultdict(list)
+    )
+    cuts: dict[int, Tensor] = {}
     for i, variant in enumerate(variants):
+        here = slice(i * len(rows), (i + 1) * len(rows))
         for change in variant:
             if isinstance(change, Cut):
-                cut = change.dest[rows, :n_pos, None] & change.src[rows, None, :n_pos]
-                mask = cuts_by_layer.setdefault(
-                    change.layer,
-                    torch.zeros(
-                        len(variants) * len(rows), adapter.n_heads, n_pos, n_pos, dtype=torch.bool
-                    ),
-                )
-                mask[i * len(rows) : (i + 1) * len(rows), change.head] |= cut
+                shape = (len(variants) * len(rows), adapter.n_heads, n_pos - start, n_pos)
+                mask = cuts.setdefault(change.layer, torch.zeros(shape, dtype=torch.bool))
+                dest, src = change.dest[rows, start:n_pos], change.src[rows, :n_pos]
+                mask[here, change.head] |= dest[:, :, None] & src[:, None]
             else:
-                _check_site(adapter, change.site)
-                key = ((change.site.component, change.site.layer), change.mode)
-                gathered[key].append(_places(prompts, rows, change, i * len(rows)))
+                name = (change.site.component, change.site.layer)
+                places = _places(prompts, rows, change, here.start, start)
+                gathered[name][change.mode].append(places)
     edits: dict[HookName, Edit] = {}
     reads: dict[HookName, Read] = {}
-    by_name: dict[HookName, dict[str, tuple[Tensor, ...]]] = defaultdict(dict)
-    for (name, mode), places in gathered.items():
-        by_name[name][mode] = tuple(
-            torch.cat([p[i] for p in places]).to(adapter.device) for i in range(4)
+    for name, modes in gathered.items():
+        edits[name] = _patcher(
+            {
+                mode: tuple(torch.cat(parts).to(adapter.device) for parts in zip(*each, strict=True))
+                for mode, each in modes.items()
+            }
         )
-    for name, modes in by_name.items():
-        edits[name] = _patcher(modes)
-    for layer, mask in cuts_by_layer.items():
-        on_device = mask.to(adapter.device)
-        edits["attn_scores", layer] = _cutter(on_device)
-        reads["pattern", layer] = _check_cut(adapter, on_device)
+    for layer, mask in cuts.items():
+        mask = mask.to(adapter.device)
+        edits["attn_scores", layer] = _cutter(adapter, mask)
+        reads["pattern", layer] = _check_cut(adapter, mask)
     return edits, reads
 
 
@@ -216,8 +303,18 @@ def _patcher(modes: dict[str, tuple[Tensor, ...]]) -> Edit:
     return edit
 
 
-def _cutter(mask: Tensor) -> Edit:
-    return lambda scores: scores.masked_fill(mask, float("-inf"))
+def _cutter(adapter: Adapter, mask: Tensor) -> Edit:
+    def edit(scores: Tensor) -> Tensor:
+        new = scores.masked_fill(mask, float("-inf"))
+        # what the model masks itself is -inf or the smallest number, depending on its class
+        if (new.amax(-1) <= torch.finfo(scores.dtype).min / 2).any():
+            raise ModelError(
+                "the cut leaves a token nothing to attend to within the sliding window of "
+                f"{adapter.name}: cut fewer roles"
+            )
+        return new
+
+    return edit
 
 
 def _check_cut(adapter: Adapter, mask: Tensor) -> Read:
@@ -231,14 +328,21 @@ def _check_cut(adapter: Adapter, mask: Tensor) -> Read:
     return read
 
 
-def _places(prompts: Prompts, rows: Tensor, patch: Patch, offset: int) -> tuple[Tensor, ...]:
-    """Get rows in the batch, positions, heads and values of a patch, flat."""
+def _positions(prompts: Prompts, rows: Tensor, patch: Patch) -> Int[Tensor, "row demo"]:
+    """Get the positions of a patch, one column for roles outside of demonstrations."""
     positions = prompts.positions(patch.site.role)[rows]
-    value = patch.value[rows]
     if patch.site.demo is not None:
         positions = positions[:, patch.site.demo]
-    if positions.ndim == 1:
-        positions, value = positions[:, None], value[:, None]
+    return positions if positions.ndim == 2 else positions[:, None]
+
+
+def _places(
+    prompts: Prompts, rows: Tensor, patch: Patch, offset: int, start: int
+) -> tuple[Tensor, ...]:
+    """Get rows in the batch, positions, heads and values of a patch, flat."""
+    positions = _positions(prompts, rows, patch)
+    value = patch.value[rows]
+    value = value if value.ndim == 3 else value[:, None]
     if value.shape[:2] != positions.shape:
         raise PromptError(
             f"patch at {patch.site} has values for {tuple(value.shape[:2])} prompts and "
@@ -246,15 +350,26 @@ def _places(prompts: Prompts, rows: Tensor, patch: Patch, offset: int) -> tuple[
         )
     row = (torch.arange(len(rows)) + offset)[:, None].expand_as(positions)
     head = torch.full_like(row, patch.site.head)
-    return row.flatten(), positions.flatten(), head.flatten(), value.flatten(0, 1)
+    return row.flatten(), positions.flatten() - start, head.flatten(), value.flatten(0, 1)
 
 
-def _check_site(adapter: Adapter, site: Site) -> None:
-    heads = adapter.n_kv_heads if site.component in ("k", "v") else adapter.n_heads
-    if site.layer >= adapter.n_layers or site.head >= heads:
+def _check_change(adapter: Adapter, change: Patch | Cut) -> None:
+    """Refuse a change outside of the model.
+
+    Raises:
+        ModelError: naming the site and the model's size.
+    """
+    if isinstance(change, Cut):
+        component, name = "z", f"L{change.layer}H{change.head}"
+        layer, head = change.layer, change.head
+    else:
+        component, name = change.site.component, str(change.site)
+        layer, head = change.site.layer, change.site.head
+    heads = adapter.n_kv_heads if component in ("k", "v") else adapter.n_heads
+    if layer >= adapter.n_layers or head >= heads:
         raise ModelError(
-            f"{site} is outside of {adapter.name}: it has {adapter.n_layers} layers and {heads} "
-            f"heads for {site.component}"
+            f"{name} is outside of {adapter.name}: it has {adapter.n_layers} layers and {heads} "
+            f"heads for {component}"
         )
 
 

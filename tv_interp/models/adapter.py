@@ -12,7 +12,8 @@ spoil a measurement, so every run goes through `Adapter.run`, which
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..errors import ModelError, unknown
+from .replay import Listener, Prefix, Tape, is_cache, on_suffix
 
 Edit = Callable[[Tensor], Tensor]
 Read = Callable[[Tensor], None]
@@ -133,6 +135,103 @@ class Adapter:
             UnknownName: if a component is not known.
             ModelError: if the model has no such hook point, or one never fired.
         """
+        with self._hooked(edits, reads), torch.no_grad():
+            return self.model(tokens.to(self.device), return_type="logits")[:, -1]
+
+    def tape(self, tokens: Int[Tensor, "row pos"]) -> Tape:
+        """Run the model once and keep what `replay` needs."""
+        tape, handles = Tape(), []
+
+        def before(block: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            tape.resid.append(args[0].detach())
+            tape.calls.append((args[1:], dict(kwargs)))
+            listener = Listener(tape)
+            args = tuple(listener if is_cache(a) else a for a in args)
+            kwargs = {k: listener if is_cache(v) else v for k, v in kwargs.items()}
+            if not self._is_bridge:
+                kwargs["past_kv_cache_entry"] = listener
+            return args, kwargs
+
+        caching = {"use_cache": True} if self._is_bridge else {}
+        try:
+            for block in self.model.blocks:
+                handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
+            with torch.no_grad():
+                tokens = tokens.to(self.device)
+                logits = self.model(tokens, return_type="logits", **caching)
+                tape.logits.append(logits[:, -1])
+        finally:
+            for handle in handles:
+                handle.remove()
+        return tape
+
+    def replay(
+        self,
+        tape: Tape,
+        layer: int,
+        start: int,
+        rows: Int[Tensor, " row"],
+        *,
+        edits: Mapping[HookName, Edit] | None = None,
+        reads: Mapping[HookName, Read] | None = None,
+        add: Float[Tensor, "row pos d_model"] | None = None,
+        until: int | None = None,
+    ) -> Float[Tensor, "row vocab"] | None:
+        """Run the blocks from a layer and a position on, with everything before as recorded.
+
+        Args:
+            tape: A recorded run.
+            layer: First block that runs.
+            start: First position that is recomputed.
+            rows: Rows of the tape; repeats are variants of the same prompt.
+            edits: As in `run`; what they see starts at ``start``.
+            reads: As in `run`.
+            add: Added to the input of the first block, from ``start`` on.
+            until: First block that does not run; then nothing is returned.
+
+        Returns:
+            Logits at the last token.
+        """
+        length = tape.resid[0].shape[1]
+        axis = 2 if self._is_bridge else 1
+        rows = rows.to(self.device)
+        x = tape.resid[layer][rows, start:]
+        if add is not None:
+            x = x + add
+        last = self.n_layers if until is None else until
+        with self._hooked(edits, reads), torch.no_grad():
+            for i in range(layer, last):
+                prefix = None
+                if start and tape.resumes_anywhere:
+                    keys, values = (
+                        t[i].narrow(axis, 0, start)[rows] for t in (tape.keys, tape.values)
+                    )
+                    prefix = Prefix(keys, values, axis)
+                args, kwargs = tape.calls[i]
+                args = on_suffix(args, prefix, start, length)
+                kwargs = {k: on_suffix(v, prefix, start, length) for k, v in kwargs.items()}
+                if not self._is_bridge:
+                    kwargs["past_kv_cache_entry"] = prefix
+                out = self.model.blocks[i](x, *args, **kwargs)
+                x = out[0] if isinstance(out, tuple) else out
+            return None if until is not None else self._unembed(x[:, -1:])[:, -1]
+
+    def _unembed(self, resid: Float[Tensor, "row 1 d_model"]) -> Float[Tensor, "row 1 vocab"]:
+        logits = self.model.unembed(self.model.ln_final(resid))
+        if self._is_bridge:
+            return self.model.adapter.apply_output_logits_transform(logits)
+        cap = getattr(self.model.cfg, "output_logits_soft_cap", -1.0)
+        return cap * torch.tanh(logits / cap) if cap and cap > 0 else logits
+
+    @property
+    def _is_bridge(self) -> bool:
+        return hasattr(self.model, "original_model")
+
+    @contextmanager
+    def _hooked(
+        self, edits: Mapping[HookName, Edit] | None, reads: Mapping[HookName, Read] | None
+    ) -> Iterator[None]:
+        """Hook the model while something runs; a hook that did not fire is an error."""
         edits, reads = edits or {}, reads or {}
         fired: dict[HookName, int] = dict.fromkeys([*edits, *reads], 0)
         added: list[tuple[Any, Any]] = []
@@ -151,15 +250,14 @@ class Adapter:
 
             return hook_fn
 
-        points = self.model.hook_dict
+        points = self.model.hook_dict if fired else {}
         try:
             for name in fired:
-                point = points.get(self._checked_name(name, points))
+                point = points[self._checked_name(name, points)]
                 before = len(point.fwd_hooks)
                 point.add_hook(hook_for(name))
                 added += [(point, handle) for handle in point.fwd_hooks[before:]]
-            with torch.no_grad():
-                logits = self.model(tokens.to(self.device), return_type="logits")[:, -1]
+            yield
         finally:
             for point, handle in added:
                 handle.hook.remove()
@@ -170,22 +268,35 @@ class Adapter:
                 f"hook {silent[0]!r} never fired on {self.name}: its effect would read as 0; this "
                 "architecture does not run through that hook point"
             )
-        return logits
 
     def read(
-        self, tokens: Int[Tensor, "row pos"], names: Iterable[HookName], edits=None
+        self,
+        tokens: Int[Tensor, "row pos"],
+        names: Iterable[HookName],
+        edits: Mapping[HookName, Edit] | None = None,
     ) -> tuple[Float[Tensor, "row vocab"], dict[HookName, Tensor]]:
         """Run the model once and return copies of activations with the logits; see `run`."""
         store: dict[HookName, Tensor] = {}
-
-        def reader(name: HookName) -> Read:
-            def read(activation: Tensor) -> None:
-                store[name] = activation.detach().clone()
-
-            return read
-
-        logits = self.run(tokens, edits, {name: reader(name) for name in names})
+        logits = self.run(tokens, edits, {name: _keep(store, name) for name in names})
         return logits, store
+
+    def read_block(
+        self,
+        tape: Tape,
+        layer: int,
+        rows: Int[Tensor, " row"],
+        names: Iterable[HookName],
+        edits: Mapping[HookName, Edit] | None = None,
+        add: Float[Tensor, "row pos d_model"] | None = None,
+    ) -> dict[HookName, Tensor]:
+        """Run one block of a recorded run again, at all positions, and return activations in it.
+
+        Needs no key-value cache, so it is exact wherever blocks can be called by themselves.
+        """
+        store: dict[HookName, Tensor] = {}
+        reads = {name: _keep(store, name) for name in names}
+        self.replay(tape, layer, 0, rows, edits=edits, reads=reads, add=add, until=layer + 1)
+        return store
 
     def _checked_name(self, name: HookName, points: Mapping[str, Any]) -> str:
         what, layer = name
@@ -198,6 +309,13 @@ class Adapter:
                 "architecture does not support that intervention"
             )
         return full
+
+
+def _keep(store: dict[HookName, Tensor], name: HookName) -> Read:
+    def read(activation: Tensor) -> None:
+        store[name] = activation.detach().clone()
+
+    return read
 
 
 def _architecture(model: Any) -> str:

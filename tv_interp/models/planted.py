@@ -1,8 +1,9 @@
 """Small models whose circuit we wrote by hand: known truth for tests and tutorials.
 
 The residual stream is a row of named one-hot slots: the token, the position, and whatever the heads
-write. A head says where it attends, which slots it reads there and which slot it writes. So a model
-is a few readable lines, and `build` turns them into weights::
+write. A head says where it attends, which slots it reads there and which slot it writes; a slot is
+as wide as the words that can be in it. So a model is a few readable lines, and `build` turns them
+into weights::
 
     (1, 0): Head("writer", Back(2), "input -> key")              # from each answer to its input
     (2, 1): Head("reader", Match("query", "key"), "value -> found")
@@ -15,8 +16,7 @@ sharp that effects are exact to float precision. Every case also has heads that 
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal, NamedTuple
@@ -26,19 +26,26 @@ import torch
 
 from ..errors import ModelError, PromptError, unknown
 from ..prompts.tasks.base import RuledSample, Sample, Task, check_size, pick_foil
+from .convert import hooked_class, no_deprecation
 
 Place = tuple[int, int]  # (layer, head)
 Words = tuple[str, ...]
 
 TEMPLATE = "{x} is {y} "
-INPUTS: Words = tuple("cat dog fox owl bee ant cow hen pig rat bat elk".split())
+HOME: dict[str, str] = dict(  # the map g, one to one: g(cat) = house
+    cat="house", dog="garden", fox="wood", owl="tree", bee="hive", ant="hill", cow="field",
+    hen="yard", pig="barn", rat="cellar", bat="cave", elk="moor", cod="sea", eel="river",
+    ape="jungle", yak="steppe", gnu="plain", ram="pasture", fly="window", moth="lamp",
+    mole="tunnel", crab="beach", duck="pond", frog="swamp", seal="ice", wolf="den", lynx="forest",
+    goat="cliff",
+)  # fmt: skip
+INPUTS: Words = tuple(HOME)
+ANSWERS: Words = tuple(HOME.values())
 FILLERS: Words = tuple("red blue green pink grey black white gold brown teal lime plum".split())
-ANSWERS: Words = tuple("house garden wood tree hive hill field yard barn cellar cave moor".split())
-HOME: dict[str, str] = dict(zip(INPUTS, ANSWERS, strict=True))  # the map g: g(cat) = house
 WORDS = INPUTS + FILLERS + ANSWERS
 VOCABULARY = ("<bos>", "<unk>", "is", *WORDS)
 
-N_LAYERS, N_HEADS, D_HEAD, D_MLP, N_CTX, MAX_DEMOS = 4, 4, 40, 24, 36, 10
+N_LAYERS, N_HEADS, D_HEAD, D_MLP, N_CTX, MAX_DEMOS = 4, 4, 40, 56, 36, 10
 READ_LAYER = 2
 SHARP = 60.0  # attention score of the wanted key; every other key has 0
 REST = 30.0  # score of <bos> in content matching: wins when no key matches
@@ -61,6 +68,10 @@ class Match(NamedTuple):
     key: str
 
 
+def _same(*words: str) -> dict[str, str]:
+    return {word: word for word in words}
+
+
 class Head(NamedTuple):
     """One attention head.
 
@@ -69,18 +80,19 @@ class Head(NamedTuple):
         attends: Where every position looks.
         route: ``"slot + slot -> slot"``: what is read there and written here; nothing is written
             where the right side is empty.
-        carries: Which words pass, and as which word; all others are dropped.
+        carries: Which words pass, and as which word; all others are dropped. At most `D_HEAD` of
+            them may be in the slots that are read.
         gain: What a carried 1 becomes.
     """
 
     role: str
     attends: Back | Match
     route: str
-    carries: Mapping[str, str] = dict(zip(WORDS, WORDS, strict=True))
+    carries: Mapping[str, str] = _same(*WORDS)
     gain: float = 1.0
 
     def ends(self) -> tuple[list[str], str]:
-        """The slots that are read and the slot that is written."""
+        """Split the route into the slots that are read and the slot that is written."""
         reads, writes = self.route.split("->")
         return [slot.strip() for slot in reads.split("+")], writes.strip()
 
@@ -102,21 +114,20 @@ class Circuit(NamedTuple):
 
 # ------------------------------------------------------------------------------- the six cases
 
-_INPUTS: dict[str, str] = {word: word for word in INPUTS}
-_FILLERS: dict[str, str] = {word: word for word in FILLERS}
 _DECOYS = {
     # strong at inputs, where every circuit starts from it; 0 at answers and at query_is
-    (0, 1): Head("decoy", Back(0), "token -> input", carries=_INPUTS),
+    (0, 1): Head("decoy", Back(0), "token -> input", carries=_same(*INPUTS)),
     # these move the answer, and the word two back, into a slot that nobody reads
-    (0, 2): Head("decoy", Back(0), "token -> unread", carries=_FILLERS),
-    (1, 3): Head("decoy", Back(2), "token -> unread"),
+    (0, 2): Head("decoy", Back(0), "token -> unread", carries=_same(*FILLERS)),
+    (1, 3): Head("decoy", Back(2), "token -> unread", carries=_same(*INPUTS, *FILLERS)),
 }
 # The writer puts g(its input) at each answer; the answer is what it put at the last one.
 _VALUE_ROUTE = {
     **_DECOYS,
     (1, 0): Head("writer", Back(2), "input -> value", carries=HOME),
     (2, 3): Head("reader", Back(2), "value -> found"),
-    (2, 0): Head("decoy", Back(2), "value + token ->"),  # looks at answers, writes nothing
+    # looks at answers, writes nothing
+    (2, 0): Head("decoy", Back(2), "value + token ->", carries=_same(*FILLERS, *ANSWERS)),
     (3, 1): Head("relay", Back(0), "found -> logits"),
 }
 # Two heads write the same word; the reader adds them, the MLP says how many are needed.
@@ -131,7 +142,7 @@ _CIRCUITS = {
         "lookup",
         {
             **_DECOYS,
-            (0, 3): Head("copier", Back(0), "token -> value", carries=_FILLERS),
+            (0, 3): Head("copier", Back(0), "token -> value", carries=_same(*FILLERS)),
             (1, 1): Head("writer", Back(2), "input -> key"),
             (1, 2): Head("decoy", Back(1), "input -> query"),  # a relay, of the query
             (2, 1): Head("reader", Match("query", "key"), "value -> found"),
@@ -152,7 +163,7 @@ _CIRCUITS = {
             **_DECOYS,
             (1, 0): Head("decoy", Back(2), "input -> value", carries=HOME),
             (1, 2): Head("decoy", Back(1), "input -> found", carries=HOME),
-            (2, 0): Head("decoy", Back(2), "value + token ->"),
+            (2, 0): _VALUE_ROUTE[2, 0],
             (3, 1): Head("decoy", Back(0), "found -> logits"),
         },
     ),
@@ -194,8 +205,27 @@ class PlantedTask(Task):
         name = ", ".join(map(" is ".join, demos))  # every prompt has its own rule
         return RuledSample(demos, query, answer, foil, rule=dict(demos).__getitem__, rule_name=name)
 
+    def other_queries(self, rng: np.random.Generator, sample: Sample) -> Iterator[str]:
+        """Draw the other inputs shown, for ``"lookup"`` alone; see `Task.other_queries`."""
+        if self.family != "lookup":
+            return super().other_queries(rng, sample)
+        others = [x for x, _ in sample.demos if x != sample.query]
+        return iter(rng.permutation(others).tolist())
+
 
 # ------------------------------------------------------------------------ from words to weights
+
+
+def _dimensions(circuit: Circuit) -> dict[tuple[str, str], int]:
+    """Number the pairs (slot, word) where the word can be in the slot: one dimension each."""
+    pairs = [("token", word) for word in VOCABULARY]
+    pairs += [("found", word) for word in ANSWERS if circuit.hinges]
+    for place in sorted(circuit.heads):
+        head = circuit.heads[place]
+        reads, writes = head.ends()
+        there = {word for slot, word in pairs if slot in reads}
+        pairs += [(writes, to) for word, to in head.carries.items() if writes and word in there]
+    return {pair: i for i, pair in enumerate(dict.fromkeys(pairs))}
 
 
 def _compose(circuit: Circuit) -> dict[str, torch.Tensor]:
@@ -208,15 +238,12 @@ def _compose(circuit: Circuit) -> dict[str, torch.Tensor]:
         ``mlp.W_in [d_model, neuron]``, ``W_out [neuron, d_model]``; biases, all 0 but two kinds:
         ``b_Q [head, d_head]`` and ``b_in [neuron]``.
     """
-    V, slots = len(VOCABULARY), ["token"]
-    for head in circuit.heads.values():
-        reads, writes = head.ends()
-        slots += [slot for slot in (*reads, writes) if slot and slot not in slots]
-    d_model = len(slots) * V + N_CTX  # every slot as wide as the vocabulary, then the position
+    V, dims = len(VOCABULARY), _dimensions(circuit)
+    d_model = len(dims) + N_CTX  # the slots, then the position
     one_hot = torch.eye(d_model, dtype=torch.float64)
 
-    def dim(slot: str, word: str) -> int:
-        return slots.index(slot) * V + VOCABULARY.index(word)
+    def dims_of(word: str, *slots: str) -> list[int]:
+        return [dims[slot, word] for slot in slots if (slot, word) in dims]
 
     def weights(prefix: str, **shapes: tuple[int, ...]) -> dict[str, torch.Tensor]:
         made = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
@@ -226,9 +253,11 @@ def _compose(circuit: Circuit) -> dict[str, torch.Tensor]:
     state = {
         "embed.W_E": one_hot[:V],
         "pos_embed.W_pos": one_hot[-N_CTX:],
-        "unembed.W_U": LOGIT * one_hot[:, dim("logits", VOCABULARY[0]) :][:, :V],
+        "unembed.W_U": torch.zeros(d_model, V, dtype=torch.float64),
         "unembed.b_U": torch.zeros(V, dtype=torch.float64),
     }
+    for token, word in enumerate(VOCABULARY):
+        state["unembed.W_U"][dims_of(word, "logits"), token] = LOGIT
     for layer in range(N_LAYERS):
         into, bias = (N_HEADS, d_model, D_HEAD), (N_HEADS, D_HEAD)
         W = weights(f"blocks.{layer}.attn.", W_Q=into, W_K=into, W_V=into, b_Q=bias, b_K=bias,
@@ -239,15 +268,15 @@ def _compose(circuit: Circuit) -> dict[str, torch.Tensor]:
                     W["W_Q"][h, pos - N_CTX, max(pos - head.attends.steps, 0)] = SHARP
                     W["W_K"][h, pos - N_CTX, pos] = 1
             else:
-                for i, word in enumerate(WORDS):
-                    W["W_Q"][h, dim(head.attends.query, word), i] = SHARP
-                    W["W_K"][h, dim(head.attends.key, word), i] = 1
-                W["b_Q"][h, -1], W["W_K"][h, dim("token", "<bos>"), -1] = REST, 1
+                for i, word in enumerate(w for w in WORDS if dims_of(w, head.attends.query)):
+                    W["W_Q"][h, dims_of(word, head.attends.query), i] = SHARP
+                    W["W_K"][h, dims_of(word, head.attends.key), i] = 1
+                W["b_Q"][h, -1], W["W_K"][h, dims["token", "<bos>"], -1] = REST, 1
             reads, writes = head.ends()
-            for i, (word, becomes) in enumerate(head.carries.items()):
-                W["W_V"][h, [dim(slot, word) for slot in reads], i] = 1
-                if writes:
-                    W["W_O"][h, i, dim(writes, becomes)] = head.gain
+            carried = [word for word in head.carries if dims_of(word, *reads)]
+            for i, word in enumerate(carried):
+                W["W_V"][h, dims_of(word, *reads), i] = 1
+                W["W_O"][h, i, dims_of(head.carries[word], writes)] = head.gain
         W["W_Q"] *= math.sqrt(D_HEAD)  # the models divide scores by it
         W["b_Q"] *= math.sqrt(D_HEAD)
         if circuit.hinges is not None:
@@ -255,8 +284,8 @@ def _compose(circuit: Circuit) -> dict[str, torch.Tensor]:
                         W_out=(D_MLP, d_model), b_out=(d_model,))  # fmt: skip
             if layer == READ_LAYER:
                 for n, (word, t) in enumerate(product(ANSWERS, circuit.hinges)):
-                    W["W_in"][dim("sum", word), n], W["b_in"][n] = 1, -t
-                    W["W_out"][n, dim("found", word)] = circuit.hinges[t]
+                    W["W_in"][dims["sum", word], n], W["b_in"][n] = 1, -t
+                    W["W_out"][n, dims["found", word]] = circuit.hinges[t]
     return state
 
 
@@ -303,12 +332,11 @@ def _model(state: Mapping[str, torch.Tensor], hooked: bool, dtype: torch.dtype) 
         normalization_type=None, positional_embedding_type="standard", device="cpu", dtype=dtype,
         model_name="planted", init_weights=False,
     )  # fmt: skip
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "HookedTransformer", DeprecationWarning)
+    with torch.random.fork_rng(devices=[]), no_deprecation():
         if hooked:
-            from transformer_lens import HookedTransformer, HookedTransformerConfig
+            from transformer_lens import HookedTransformerConfig
 
-            model = HookedTransformer(HookedTransformerConfig(**config), tokenizer=_tokenizer())
+            model = hooked_class()(HookedTransformerConfig(**config), tokenizer=_tokenizer())
             inner = model
         else:
             from transformer_lens.config import TransformerBridgeConfig
@@ -325,14 +353,6 @@ def _model(state: Mapping[str, torch.Tensor], hooked: bool, dtype: torch.dtype) 
             unused.discard(name)
     assert not unused, f"weights without a parameter: {sorted(unused)}"
     return model.eval()
-
-
-def _has_hooked() -> bool:
-    try:  # hasattr would raise too
-        from transformer_lens import HookedTransformer  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 # ---------------------------------------------------------------------------------- public
@@ -398,7 +418,7 @@ def build(
         raise unknown("planted model", name, _CIRCUITS)
     if backend not in ("auto", "hooked", "bridge"):
         raise unknown("backend", backend, ("auto", "hooked", "bridge"))
-    hooked = backend != "bridge" and _has_hooked()
+    hooked = backend != "bridge" and hooked_class() is not None
     if backend == "hooked" and not hooked:
         raise ModelError("backend='hooked' needs transformer-lens 3.9: use backend='bridge'")
     circuit = _CIRCUITS[name]

@@ -4,4 +4,13 @@ from .build import Contrast, Prompts, make_prompts
 from .roles import Role
 from .tasks import Sample, Task, get_task, list_tasks
 
-__all__ = ["Contrast", "Prompts", "Role", "Sample", "Task", "get_task", "list_tasks", "make_prompts"]
+__all__ = [
+    "Contrast",
+    "Prompts",
+    "Role",
+    "Sample",
+    "Task",
+    "get_task",
+    "list_tasks",
+    "make_prompts",
+]

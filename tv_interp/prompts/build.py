@@ -26,7 +26,7 @@ from .roles import (
     check_tokenizer,
     parse_role,
 )
-from .tasks import Sample, Task, get_task
+from .tasks import RuledSample, Sample, Task, get_task
 
 DEFAULT_TEMPLATE = "{x} is {y}\n"
 
@@ -118,9 +118,11 @@ class Prompts:
 
         Raises:
             UnknownName: if there is no such role.
-            PromptError: if the prompts have no such tokens.
+            PromptError: if the prompts have no such tokens, or for ``other``, which has many spans.
         """
         wanted = parse_role(role)
+        if wanted == Role.other:
+            raise PromptError("role 'other' has no one span in a prompt: use mask('other')")
         mask = self.mask(role)
         if wanted in DEMO_ROLES:
             index = torch.arange(self.n_demos)
@@ -149,14 +151,23 @@ class Prompts:
             yield rows, self.tokens[rows, :length]
 
     def select(self, rows: Sequence[int] | Tensor) -> Prompts:
-        """Keep some prompts, in the order given.
+        """Keep some prompts, in the order given: row numbers, or a boolean mask over all rows.
 
         Raises:
-            PromptError: if none is selected.
+            PromptError: if none is selected, or a row does not exist.
         """
-        index = torch.as_tensor(rows, dtype=torch.long)
+        index = torch.as_tensor(rows)
+        if index.dtype == torch.bool and len(index) == len(self):
+            index = index.nonzero()[:, 0]
         if len(index) == 0:
             raise PromptError("empty selection: expected at least one prompt")
+        wrong = index[(index < -len(self)) | (index >= len(self))]
+        if len(wrong) or index.is_floating_point() or index.dtype == torch.bool:
+            got = f"row {wrong[0]}" if len(wrong) else f"{len(index)} values of {index.dtype}"
+            raise PromptError(
+                f"expected rows of 0 to {len(self) - 1}, got {got}: pass row numbers, or a boolean "
+                "mask over all rows"
+            )
         fields = ("tokens", "lengths", "role_ids", "demo_ids", "answer", "foil")
         return replace(
             self,
@@ -167,7 +178,7 @@ class Prompts:
 
     def zero_shot(self) -> Prompts:
         """Take the demonstrations away: the queries alone, with the same answers and foils."""
-        bare = [Sample([], s.query, s.answer, s.foil) for s in self.samples]
+        bare = [_rewrite(sample, demos=[]) for sample in self.samples]
         prompts, _ = _assemble(bare, self)
         return prompts
 
@@ -202,17 +213,20 @@ class Prompts:
                 kept.append(row)
             except Misaligned as reason:
                 dropped[str(reason)] += 1
-        corrupted, rows = _assemble(samples, self, dropped)
+        corrupted, rows = _assemble(samples, replace(self, seed=seed), dropped)
         kept = [kept[row] for row in rows]
-        same = (corrupted.role_ids == self.role_ids[kept][:, : corrupted.role_ids.shape[1]]).all(1)
-        same &= corrupted.lengths == self.lengths[kept]
+        ours = zip(self.role_ids[kept], self.lengths[kept], strict=True)
+        theirs = zip(corrupted.role_ids, corrupted.lengths, strict=True)
+        same = torch.tensor(
+            [torch.equal(a[:n], b[:m]) for (a, n), (b, m) in zip(ours, theirs, strict=True)],
+            dtype=torch.bool,
+        )
         if not same.all():
             corrupted.dropped["corrupted words split into other tokens"] = int((~same).sum())  # type: ignore[index]
         if not same.any():
-            reasons = ", ".join(f"{k} ({v})" for k, v in corrupted.dropped.items())
             raise PromptError(
                 f"corruption {kind!r} fits none of {len(self)} prompts of {self.task.name!r}: "
-                f"{reasons}; use another corruption"
+                f"{_reasons(corrupted.dropped)}; use another corruption"
             )
         index = same.nonzero()[:, 0]
         corrupted = corrupted.select(index)
@@ -222,7 +236,7 @@ class Prompts:
             answer=corrupted.answer,
             foil=corrupted.foil,
             samples=tuple(
-                _refoil(sample, twin.foil)
+                _rewrite(sample, foil=twin.foil)
                 for sample, twin in zip(clean.samples, corrupted.samples, strict=True)
             ),
         )
@@ -256,17 +270,29 @@ class Prompts:
         return {}
 
     def _n_tokens(self, word: str, role: str) -> int:
-        """Count the tokens of a word where it stands in a prompt, behind other text."""
+        """Count the tokens of a word where it stands in a prompt; 0 where it has none of its own.
+
+        Args:
+            word: Any word.
+            role: ``"start"`` and ``"x"`` for an input at the start of a prompt and elsewhere,
+                ``"answer"``, or ``"query_x"``.
+        """
+        if role == "query_x":
+            role = "x" if self.n_demos else "start"
         key = (word, role)
         if key not in self._lengths_of:
-            template = Template.parse(self.template)
-            lead = "a" + template.gap if role == "answer" else (template.after or "") + template.before
-            lead = lead if lead.strip() or role == "answer" else lead
-            encode = self.tokenizer.encode
-            with_word = encode(lead + word, add_special_tokens=False)
-            self._lengths_of[key] = len(with_word) - len(
-                encode(lead.rstrip(" "), add_special_tokens=False)
-            )
+            x, y = self.samples[0].query, self.samples[0].answer
+            demos = {"start": [], "x": [(x, y)], "answer": [(x, word)]}[role]
+            query = x if role == "answer" else word
+            segments = Template.parse(self.template).render(demos, query)
+            text = "".join(part for part, _, _ in segments)
+            encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            try:
+                roles, _ = assign_roles(text, segments, encoded["offset_mapping"])
+            except Misaligned:
+                roles = []
+            wanted = Role.answer if role == "answer" else Role.query_x
+            self._lengths_of[key] = roles.count(wanted)
         return self._lengths_of[key]
 
     def _words(self, row: int) -> Words:
@@ -276,24 +302,27 @@ class Prompts:
             return int(((roles == role) & (demos == demo)).sum())
 
         each = range(self.n_demos)
+        inputs = self.samples[row].demos
         return Words(
             self.samples[row],
-            tuple(count(Role.x, i) for i in each),
+            tuple((self._n_tokens(x, "start"), self._n_tokens(x, "x")) for x, _ in inputs),
             tuple(count(Role.answer, i) for i in each),
             count(Role.query_x, -1),
             self._n_tokens,
         )
 
 
-def _refoil(sample: Sample, foil: str) -> Sample:
-    """Replace the foil and keep the rule, where the sample carries one."""
-    new = sample._replace(foil=foil) if type(sample) is Sample else None
-    if new is None:
-        new = type(sample)(
-            sample.demos, sample.query, sample.answer, foil,
-            rule=sample.rule, rule_name=sample.rule_name,  # type: ignore[attr-defined]
-        )  # fmt: skip
-    return new
+def _rewrite(sample: Sample, **words: Any) -> Sample:
+    """Replace some words of a sample and keep its rule, where it carries one."""
+    new = Sample(**dict(zip(Sample._fields, sample, strict=True)) | words)
+    if not isinstance(sample, RuledSample):
+        return new
+    return RuledSample(*new, rule=sample.rule, rule_name=sample.rule_name)
+
+
+def _reasons(dropped: Mapping[str, int]) -> str:
+    """Write the most frequent reasons with their counts."""
+    return ", ".join(f"{reason} ({count})" for reason, count in Counter(dropped).most_common(4))
 
 
 @dataclass(frozen=True, eq=False)
@@ -382,7 +411,7 @@ def make_prompts(
     template: str | None = None,
     prepend_bos: bool | None = None,
 ) -> Prompts:
-    """Make prompts of a task for a model.
+    r"""Make prompts of a task for a model.
 
     Args:
         model: A model; only its tokenizer, its context length and whether it wants BOS are read.
@@ -392,7 +421,7 @@ def make_prompts(
             and replaced by further draws.
         seed: Decides the words.
         template: Text with ``{x}`` and ``{y}``; None for the model's own (``tv_template`` in its
-            tokenizer_config.json), else ``"{x} is {y}\\n"``.
+            tokenizer_config.json), else ``"{x} is {y}\n"``.
         prepend_bos: Whether to start with BOS; None for what the model uses.
 
     Raises:
@@ -408,6 +437,8 @@ def make_prompts(
     if n_prompts < 1:
         raise PromptError(f"expected n_prompts of 1 or more, got {n_prompts}")
     task = get_task(task)
+    if n_demos < 0:
+        raise PromptError(f"expected n_demos of 0 or more, got {n_demos}")
     tokenizer = getattr(model, "tokenizer", None)
     check_tokenizer(tokenizer)
     if template is None:
@@ -415,6 +446,8 @@ def make_prompts(
     if prepend_bos is None:
         wanted = getattr(model.cfg, "default_prepend_bos", True)
         prepend_bos = bool(wanted) and tokenizer.bos_token_id is not None
+    if prepend_bos and tokenizer.bos_token_id is None:
+        raise PromptError("the tokenizer has no BOS token: pass prepend_bos=False")
     Template.parse(template)
     empty = Prompts(
         samples=(), tokens=_NONE, lengths=_NONE[0], role_ids=_NONE, demo_ids=_NONE,
@@ -425,23 +458,42 @@ def make_prompts(
     good: list[Sample] = []
     dropped: Counter[str] = Counter()
     for _ in range(20):
-        drawn = [Sample_of(task.sample(rng, n_demos)) for _ in range(n_prompts - len(good))]
-        _, kept = _assemble(drawn, empty, dropped)
+        drawn = [_draw(task, rng, n_demos) for _ in range(n_prompts - len(good))]
+        built, kept = _assemble(drawn, empty, dropped)
+        longest = max(built.lengths.tolist(), default=0)
+        if longest > empty.n_ctx:
+            raise PromptError(
+                f"a prompt has {longest} tokens and the model's context {empty.n_ctx}: "
+                "use fewer demonstrations or a shorter template"
+            )
         good += [drawn[i] for i in kept]
         if len(good) == n_prompts:
             return _assemble(good, replace(empty, dropped=dict(dropped)))[0]
-    reasons = ", ".join(f"{reason} ({count})" for reason, count in dropped.items())
     raise PromptError(
-        f"only {len(good)} of {n_prompts} prompts of {task.name!r} could be built: left out {reasons}"
+        f"only {len(good)} of {n_prompts} prompts of {task.name!r} could be built: left out "
+        f"{_reasons(dropped)}; use another template or task"
     )
 
 
 _NONE = torch.zeros(1, 0, dtype=torch.long)
 
 
-def Sample_of(drawn: Any) -> Sample:  # noqa: N802
-    """Accept any four values as a sample; a sample that carries its rule keeps it."""
-    return drawn if isinstance(drawn, Sample) else Sample(*drawn)
+def _draw(task: Task, rng: np.random.Generator, n_demos: int) -> Sample:
+    """Draw a sample; any four values will do, and a sample that carries its rule keeps it."""
+    drawn: Any = task.sample(rng, n_demos)
+    if not isinstance(drawn, Sample):
+        if not isinstance(drawn, Sequence) or len(drawn) != 4:
+            raise PromptError(
+                f"task {task.name!r} has to draw (demos, query, answer, foil), got {drawn!r}: "
+                "return these four from sample()"
+            )
+        drawn = Sample(*drawn)
+    if len(drawn.demos) != n_demos:
+        raise PromptError(
+            f"task {task.name!r} drew {len(drawn.demos)} demonstrations, expected {n_demos}: "
+            "sample(rng, n_demos) has to return that many"
+        )
+    return drawn
 
 
 def _assemble(
@@ -468,7 +520,7 @@ def _assemble(
     if samples:
         plain = encode(texts)
         answers, foils = (
-            encode([t + template.gap + w for t, w in zip(texts, words, strict=True)])["input_ids"]
+            encode([t + template.gap + w for t, w in zip(texts, words, strict=True)])
             for words in ([s.answer for s in samples], [s.foil for s in samples])
         )
     rows: list[tuple] = []
@@ -477,11 +529,12 @@ def _assemble(
     for i in range(len(samples)):
         ids, offsets = plain["input_ids"][i], plain["offset_mapping"][i]
         _refuse_unknown(like.tokenizer, ids, offsets, texts[i], samples[i])
+        start = len(texts[i]) + len(template.gap)
         try:
             roles, demos = assign_roles(texts[i], rendered[i], offsets)
             answer, foil = (
-                _first_new(ids, longer, word)
-                for longer, word in ((answers[i], samples[i].answer), (foils[i], samples[i].foil))
+                _first_new(ids, longer["input_ids"][i], longer["offset_mapping"][i], start, word)
+                for longer, word in ((answers, samples[i].answer), (foils, samples[i].foil))
             )
             if answer == foil:
                 raise Misaligned("answer and foil share their first token")
@@ -489,11 +542,6 @@ def _assemble(
             dropped[str(reason)] += 1
             continue
         _refuse_unknown(like.tokenizer, [answer, foil], None, "", samples[i])
-        if len(lead) + len(ids) > like.n_ctx:
-            raise PromptError(
-                f"a prompt has {len(lead) + len(ids)} tokens and the model's context {like.n_ctx}: "
-                "use fewer demonstrations or a shorter template"
-            )
         roles = [Role.bos] * len(lead) + roles
         rows.append((lead + ids, roles, [-1] * len(lead) + demos, answer, foil))
         kept.append(i)
@@ -519,11 +567,13 @@ def _assemble(
     return prompts, kept
 
 
-def _first_new(ids: list[int], longer: list[int], word: str) -> int:
-    """Get the first token of a word put behind a prompt."""
+def _first_new(
+    ids: list[int], longer: list[int], offsets: list[tuple[int, int]], start: int, word: str
+) -> int:
+    """Get the first token of a word put behind a prompt, where it starts at a character."""
     if longer[: len(ids)] != ids:
         raise Misaligned("the answer's first token merges with the connective")
-    if len(longer) == len(ids):
+    if all(end <= start for _, end in offsets[len(ids) :]):
         raise PromptError(f"the tokenizer drops {word!r}: it has no token for it; use another word")
     return longer[len(ids)]
 

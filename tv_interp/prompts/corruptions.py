@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -25,14 +26,15 @@ class Words:
 
     Attributes:
         sample: The clean words.
-        x_lengths: Tokens of each demonstration's input.
+        x_lengths: Tokens of each demonstration's input, at the start of a prompt and elsewhere:
+            many tokenizers see no space in front of the first word.
         y_lengths: Tokens of each demonstration's answer.
         query_length: Tokens of the query.
-        n_tokens: Token length of any word at a role, ``"x"`` or ``"answer"``.
+        n_tokens: Token length of any word at a role, ``"answer"`` or ``"query_x"``.
     """
 
     sample: Sample
-    x_lengths: tuple[int, ...]
+    x_lengths: tuple[tuple[int, int], ...]
     y_lengths: tuple[int, ...]
     query_length: int
     n_tokens: Callable[[str, str], int]
@@ -115,13 +117,16 @@ def corrupt_words(
             "inputs": _half_the_inputs,
         }[kind]
         demos = make(words, rng, _labels(clean))
-        return _with(clean, demos, clean.query, next(w for w in _labels(clean) if w != clean.answer))
+        return _with(
+            clean, demos, clean.query, next(w for w in _labels(clean) if w != clean.answer)
+        )
+    every = getattr(task, "answers", ()) or _answers(clean)
     if kind == "random_answers":
-        answers = [
-            _draw(rng, task.answers or _answers(clean), n, words) for n in words.y_lengths
-        ]
+        answers = [_draw(rng, every, n, words) for n in words.y_lengths]
         demos = list(zip(_inputs(clean), answers, strict=True))
-        return _with(clean, demos, clean.query, pick_foil(rng, clean.answer, _answers(clean), task.answers))
+        return _with(
+            clean, demos, clean.query, pick_foil(rng, clean.answer, _answers(clean), every)
+        )
     if kind == "answers":
         answers = _derange(rng, _answers(clean), words.y_lengths)
         demos = list(zip(_inputs(clean), answers, strict=True))
@@ -129,7 +134,7 @@ def corrupt_words(
         inputs = _derange(rng, _inputs(clean), words.x_lengths)
         demos = list(zip(inputs, _answers(clean), strict=True))
     suggested = [y for x, y in demos if x == clean.query and y != clean.answer]
-    foil = pick_foil(rng, clean.answer, suggested[-1:] or _answers(clean), task.answers)
+    foil = pick_foil(rng, clean.answer, suggested[-1:] or _answers(clean), every)
     return _with(clean, demos, clean.query, foil)
 
 
@@ -169,11 +174,11 @@ def _draw(rng: np.random.Generator, pool: Sequence[str], length: int, words: Wor
     raise Misaligned("no answer of equal token length")
 
 
-def _derange(rng: np.random.Generator, items: list[str], lengths: Sequence[int]) -> list[str]:
+def _derange(rng: np.random.Generator, items: list[str], lengths: Sequence[Any]) -> list[str]:
     """Permute so that nothing stays in place, among items of equal token length."""
     out = list(items)
-    for length in set(lengths):
-        places = np.flatnonzero(np.array(lengths) == length)
+    for length in sorted(set(lengths)):
+        places = np.flatnonzero([each == length for each in lengths])
         if len(places) < 2:
             raise Misaligned("a word has no other of equal token length to change places with")
         order = rng.permutation(len(places))
@@ -208,7 +213,7 @@ def _half_the_inputs(words: Words, rng, labels) -> list[tuple[str, str]]:
     """Exchange inputs between the classes, so that half of each class has one of the other."""
     demos = list(words.sample.demos)
     ours, theirs = (list(rng.permutation(m)) for m in _classes(words.sample, labels))
-    wanted = max(1, min(len(ours), len(theirs)) // 2)
+    wanted = min(len(ours), len(theirs)) // 2
     for i in ours:
         match = next((j for j in theirs if words.x_lengths[i] == words.x_lengths[j]), None)
         if match is not None and wanted:
@@ -222,7 +227,10 @@ def _half_the_inputs(words: Words, rng, labels) -> list[tuple[str, str]]:
 
 
 def _classes(sample: Sample, labels) -> list[np.ndarray]:
-    return [np.flatnonzero([y == label for _, y in sample.demos]) for label in labels]
+    classes = [np.flatnonzero([y == label for _, y in sample.demos]) for label in labels]
+    if min(map(len, classes)) < 2:
+        raise Misaligned("a class has fewer than two demonstrations, and half of it is none")
+    return classes
 
 
 def _exchangeable(words: Words, labels) -> None:
@@ -233,12 +241,13 @@ def _exchangeable(words: Words, labels) -> None:
 def _other_query(words: Words, rng: np.random.Generator, task: Task) -> Sample:
     clean = words.sample
     rule = getattr(clean, "rule", None)
-    if rule is None:
+    if rule is None or not hasattr(task, "other_queries"):
         raise PromptError(
-            f"task {task.name!r} cannot have the corruption 'query': its samples carry no rule; "
-            "use another corruption, or let sample() return a RuledSample"
+            f"task {task.name!r} cannot have the corruption 'query': its samples carry no rule, or "
+            "it has no other_queries(); use another corruption, or a subclass of Task whose "
+            "sample() returns a RuledSample"
         )
     for x in task.other_queries(rng, clean):
-        if words.n_tokens(x, "x") == words.query_length and rule(x) != clean.answer:
+        if words.n_tokens(x, "query_x") == words.query_length and rule(x) != clean.answer:
             return _with(clean, list(clean.demos), x, rule(x))
     raise Misaligned("no other query of equal token length and another answer")

@@ -3,7 +3,8 @@
 1. A prompt is rendered segment by segment, so every character belongs to a known role.
 2. The tokenizer says which characters each token covers (offsets; nothing is ever decoded).
 3. A token takes the role of its characters, leading and trailing white space left aside: the space
-   that many tokenizers put in front of a word belongs to the word.
+   that many tokenizers put in front of a word belongs to the word, also where it is a token of its
+   own.
 """
 
 from __future__ import annotations
@@ -99,18 +100,18 @@ class Template:
                 (y, Role.answer, i),
                 (self.after, Role.end, i),
             ]
-        connective = self.between.rstrip()
+        connective = self.between.removesuffix(" ")
         out += [(self.before, Role.other, -1), (query, Role.query_x, -1)]
         return [*out, (connective, Role.query_is, -1)]
 
     @property
     def gap(self) -> str:
-        """The white space between the connective and the answer."""
-        return self.between[len(self.between.rstrip()) :]
+        """The space that belongs to the answer, where the connective ends in one."""
+        return " " if self.between.endswith(" ") else ""
 
 
 class Misaligned(Exception):
-    """A prompt that this tokenizer cannot cut at its roles: left out and counted, with the reason."""
+    """A prompt that this tokenizer cannot cut at its roles: left out and counted with a reason."""
 
 
 def assign_roles(
@@ -130,7 +131,10 @@ def assign_roles(
         PromptError: if a word has no token at all: the tokenizer drops it.
     """
     owner: list[int] = []
-    for i, (part, _, _) in enumerate(segments):
+    words = set()
+    for i, (part, role, _) in enumerate(segments):
+        if role in (Role.x, Role.answer, Role.query_x):
+            words.add(len(owner))
         owner += [i] * len(part)
     roles, demos, seen = [], [], set()
     for start, end in offsets:
@@ -138,14 +142,15 @@ def assign_roles(
         if inner:
             first = text.index(inner[0], start)
             last = first + len(inner) - 1
+            seen.add(owner[first])
         else:
+            start = end if text[start:end] == " " and end in words else start
             first = last = min(start, len(text) - 1)
-        if owner[first] != owner[last]:
-            raise Misaligned(f"a token covers two roles: {text[start:end]!r}")
         _, role, demo = segments[owner[first]]
+        if owner[first] != owner[last]:
+            raise Misaligned(f"a token covers {role.label} and {segments[owner[last]][1].label}")
         roles.append(role)
         demos.append(demo)
-        seen.add(owner[first])
     for i, (part, role, _) in enumerate(segments):
         needed = role in (Role.x, Role.answer, Role.query_x, Role.is_, Role.query_is)
         if needed and i not in seen:

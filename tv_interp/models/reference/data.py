@@ -77,7 +77,7 @@ class Sequences:
         if family in self.categories:
             return self._categorize(rng, family, self.length // 3)
         if family == "lookup":
-            n_keys = int(rng.integers(2, 9))
+            n_keys = int(rng.integers(2, 3 + most // 3))
             drawn = rng.permutation(len(self.keys))[:n_keys]
             values = rng.permutation(len(self.labels))[:n_keys]
             pairs = [

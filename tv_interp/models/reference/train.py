@@ -27,8 +27,8 @@ from .network import Network, Shape, save_as_llama
 from .vocabulary import CONNECTIVE, save_tokenizer, word_ids, words
 
 LOOK_UP_FIRST = {
-    "typed": 0.13, "shared": 0.12, "bijection": 0.05, "lookup": 0.30,
-    "simple-string": 0.16, "digit": 0.14, "2d-data": 0.10,
+    "typed": 0.10, "shared": 0.10, "bijection": 0.05, "lookup": 0.45,
+    "simple-string": 0.14, "digit": 0.10, "2d-data": 0.06,
 }  # fmt: skip
 BALANCED = {
     "typed": 0.12, "shared": 0.24, "bijection": 0.07, "lookup": 0.10,
@@ -45,8 +45,10 @@ class Recipe:
     layers: int = 5
     batch: int = 32
     length: int = 64
-    muon_lr: float = 0.02
-    adam_lr: float = 3e-3
+    warm_length: int = 32
+    muon_lr: float = 0.008
+    muon_decay: float = 0.1
+    adam_lr: float = 1.5e-3
     decay_from: float = 0.65
     head_dropout: float = 0.1
     first_mix: dict[str, float] = field(default_factory=lambda: LOOK_UP_FIRST)
@@ -57,8 +59,9 @@ class Recipe:
 
 
 PRESETS = {
-    "base": Recipe(steps=8_000, warm_steps=3_500),
+    "base": Recipe(steps=8_000, warm_steps=2_000),
     "natural": Recipe(steps=8_000, warm_steps=4_000, prewired={}),
+    "slow": Recipe(steps=8_000, warm_steps=2_000, muon_lr=0.003),
     "tiny": Recipe(steps=60, warm_steps=20, layers=2, batch=8, length=48),
 }
 
@@ -103,18 +106,19 @@ def train(
     matrices = [p for n, p in network.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in network.named_parameters() if p.ndim == 1 or "embed" in n]
     optimizers = [
-        Muon(matrices, lr=recipe.muon_lr, weight_decay=0.02),
+        Muon(matrices, lr=recipe.muon_lr, weight_decay=recipe.muon_decay),
         torch.optim.AdamW(others, lr=recipe.adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
     ]
     base_lr = [recipe.muon_lr, recipe.adam_lr]
     done, curve = _resume(directory, identity, network, optimizers)
-    sequences = Sequences(recipe.length)
+    warm, full = Sequences(recipe.warm_length), Sequences(recipe.length)
     run = torch.compile(network, dynamic=False) if recipe.steps > 500 else network
     started, first = time.monotonic(), done
     for step in range(done, recipe.steps):
         rate = _rate(step, recipe)
         for optimizer, lr in zip(optimizers, base_lr, strict=True):
             optimizer.param_groups[0]["lr"] = lr * rate
+        sequences = warm if step < recipe.warm_steps else full
         loss = _loss(run, network, sequences, recipe, seed, step)
         for optimizer in optimizers:
             optimizer.zero_grad()

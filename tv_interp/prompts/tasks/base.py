@@ -26,7 +26,7 @@ class RuledSample(Sample):
     """A sample that also carries the rule behind it.
 
     Unpacks into the same four values as `Sample`. ``rule(x)`` is the answer to any input, which is
-    what the corruptions ``query`` and ``task`` need; ``rule_name`` groups prompts that share a rule.
+    what the corruption ``query`` needs; ``rule_name`` groups prompts that share a rule.
     """
 
     rule: Callable[[str], str]

@@ -1,8 +1,8 @@
 """Knowledge relations over shared inputs, and the pairs that bijections are made of.
 
-A relation is *typed* where the answer alone tells it from its neighbours (a currency is no capital),
-and *shared* where another relation has the same inputs and the same answers, so that only the pair
-tells: France-Paris and France-Madrid are both country and capital, but of two relations.
+A relation is *typed* where the answer alone tells it from its neighbours (a currency is no
+capital), and *shared* where another relation has the same inputs and the same answers, so that only
+the pair tells: France-Paris and France-Madrid are both country and capital, but of two relations.
 """
 
 from __future__ import annotations
@@ -33,9 +33,7 @@ def relations() -> dict[str, dict[str, str]]:
         y: _columns("countries", "country", y)
         for y in ("capital", "language", "currency", "continent", "neighbour")
     }
-    capital = {
-        y: _columns("countries", "capital", y) for y in ("country", "language", "continent")
-    }
+    capital = {y: _columns("countries", "capital", y) for y in ("country", "language", "continent")}
     adjective = {
         y: _columns("adjectives", "adjective", y) for y in ("antonym", "comparative", "superlative")
     }
@@ -119,4 +117,6 @@ SHARED = frozenset(
 
 def knowledge_tasks() -> list[PairTask]:
     """Build one task for every relation."""
-    return [PairTask(name, pairs, partner=PARTNERS.get(name)) for name, pairs in relations().items()]
+    return [
+        PairTask(name, pairs, partner=PARTNERS.get(name)) for name, pairs in relations().items()
+    ]

@@ -31,7 +31,9 @@ class LookUp(Task):
         if n_demos == 0:
             query, answer = (self.words[i] for i in rng.permutation(len(self.words))[:2])
             foil = pick_foil(rng, answer, [], self.words)
-            return RuledSample([], query, answer, foil, rule={query: answer}.__getitem__, rule_name="")
+            return RuledSample(
+                [], query, answer, foil, rule={query: answer}.__getitem__, rule_name=""
+            )
         drawn = [self.words[i] for i in rng.permutation(len(self.words))[: 2 * n_demos]]
         demos = list(zip(drawn[:n_demos], drawn[n_demos:], strict=True))
         query, answer = demos[int(rng.integers(n_demos))]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from ...errors import unknown
+from ...errors import PromptError, unknown
 from .base import Task
 from .bijection import bijection_tasks
 from .categorization import categorization_tasks
@@ -23,12 +23,18 @@ def get_task(name: str | Task) -> Task:
 
     Raises:
         UnknownName: if there is no such task; the message has the nearest names.
+        PromptError: if it is neither a name nor an object with name, family and sample.
 
     Example:
         >>> get_task("country-capital")
         PairTask('country-capital', family='knowledge', 45 pairs)
     """
     if not isinstance(name, str):
+        if not all(hasattr(name, each) for each in ("name", "family", "sample")):
+            raise PromptError(
+                f"expected a task (name, family, sample) or the name of one, got {name!r}: "
+                "make one with Task.from_pairs, or see list_tasks()"
+            )
         return name
     if name not in _tasks():
         raise unknown("task", name, _tasks())

@@ -1,0 +1,47 @@
+"""One thread, and every tiny model built once for the whole session."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+def has_hooked() -> bool:
+    try:  # hasattr raises too in TransformerLens 4
+        from transformer_lens import HookedTransformer  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+KINDS = ("hooked", "bridge") if has_hooked() else ("bridge",)
+
+
+def precise(dtype: torch.dtype):
+    """Context in which models of this precision are built and run; see `TrueFloat64`."""
+    from random_models import TrueFloat64
+
+    return TrueFloat64() if dtype == torch.float64 else contextlib.nullcontext()
+
+
+@functools.cache
+def tiny_model(arch: str, kind: str, dtype: torch.dtype = torch.float32, **settings):
+    """A random model with a word tokenizer; equal weights in both classes and both precisions."""
+    from random_models import hf_model, word_tokenizer, words
+
+    from tv_interp.models.convert import bridge_from_hf, hooked_from_hf
+
+    build = hooked_from_hf if kind == "hooked" else bridge_from_hf
+    with precise(dtype):
+        return build(hf_model(arch, dtype=dtype, **settings), word_tokenizer(words()))
+
+
+@pytest.fixture(params=KINDS)
+def kind(request) -> str:
+    """Each TransformerLens class that is installed."""
+    return request.param

@@ -1,0 +1,270 @@
+"""Plain loops of TransformerLens hooks: what every number of tv_interp must equal.
+
+One run of the model for one prompt and one intervention: no batches, no padding, no reuse. Slow on
+purpose, and the baseline of the benchmarks. Of tv_interp it knows only the fields of prompts:
+``tokens, lengths, role_ids, demo_ids, answer, foil``.
+"""
+
+from __future__ import annotations
+
+import torch
+
+ROLES = ("other", "bos", "x", "is", "answer", "end", "query_x", "query_is")
+
+
+# ---------------------------------------------------------------------------------- one prompt
+
+
+def tokens_of(prompts, i):
+    """Tokens of prompt i, ``[1, pos]``, without padding."""
+    return prompts.tokens[i : i + 1, : prompts.lengths[i]]
+
+
+def tokens_with(prompts, i, role):
+    """Every token of a role in prompt i."""
+    return [p for p in range(prompts.lengths[i]) if ROLES[prompts.role_ids[i, p]] == role]
+
+
+def last_tokens(prompts, i, role, demo=None):
+    """The last token of each span of a role: one a demonstration, or one in all."""
+    last = {int(prompts.demo_ids[i, p]): p for p in tokens_with(prompts, i, role)}
+    return [p for d, p in sorted(last.items()) if demo is None or d == demo]
+
+
+def logit_diff(logits, prompts, i):
+    """Logit of the answer minus logit of the foil."""
+    return logits[prompts.answer[i]] - logits[prompts.foil[i]]
+
+
+# -------------------------------------------------------------------------------------- one run
+
+
+def run(model, tokens, edits=()):
+    """Run with ``edits``, pairs of (hook name, function of the activation): last token's logits."""
+
+    def hook_of(edit):
+        return lambda activation, hook: edit(activation.clone())
+
+    hooks = [(name, hook_of(edit)) for name, edit in edits]
+    with torch.no_grad():
+        return model.run_with_hooks(tokens, return_type="logits", fwd_hooks=hooks)[0, -1]
+
+
+def read(model, tokens, names, edits=()):
+    """Run with ``edits`` and return the activations of the one prompt at hooks, in order."""
+    seen = {}
+
+    def keep_as(name):
+        def keep(activation):
+            seen[name] = activation[0].clone()
+            return activation
+
+        return keep
+
+    run(model, tokens, [*edits, *((name, keep_as(name)) for name in names)])
+    return [seen[name] for name in names]
+
+
+def z_name(layer):
+    return f"blocks.{layer}.attn.hook_z"
+
+
+def read_z(model, tokens):
+    """Head outputs of one prompt, by layer: ``[pos, head, d_head]`` each."""
+    return read(model, tokens, [z_name(layer) for layer in range(model.cfg.n_layers)])
+
+
+def put(positions, head, value):
+    """Edit: put ``value [position, d_head]`` at positions of a head."""
+
+    def edit(activation):
+        activation[0, positions, head] = value
+        return activation
+
+    return edit
+
+
+def hold(value):
+    """Edit: put a whole recorded activation back."""
+    return lambda activation: value[None]
+
+
+def sides(contrast, direction):
+    """(base, donor, sign): what is run, what is patched in, and the sign of the effect."""
+    if direction == "denoise":
+        return contrast.corrupted, contrast.clean, 1
+    return contrast.clean, contrast.corrupted, -1
+
+
+# ---------------------------------------------------------------------------------- the effects
+
+
+def total(model, contrast, metric=logit_diff):
+    """m(clean) - m(corrupted), ``[prompt]``."""
+    clean, corrupted = contrast.clean, contrast.corrupted
+    return torch.stack(
+        [
+            metric(run(model, tokens_of(clean, i)), clean, i)
+            - metric(run(model, tokens_of(corrupted, i)), clean, i)
+            for i in range(len(contrast))
+        ]
+    )
+
+
+def patch_heads(
+    model, contrast, sets, at, direction="denoise", metric=logit_diff, demo=None, shift=0
+):
+    """Effect of exchanging the outputs of each set of heads at one role, ``[prompt, set]``.
+
+    A set is a list of (layer, head). ``shift`` takes the donor's values from the prompt so many
+    rows further: a wrong donor.
+    """
+    base, donor, sign = sides(contrast, direction)
+    effects = torch.zeros(len(contrast), len(sets), dtype=torch.float64)
+    for i in range(len(contrast)):
+        tokens, other = tokens_of(base, i), (i + shift) % len(contrast)
+        here, there = last_tokens(base, i, at, demo), last_tokens(donor, other, at, demo)
+        plain = metric(run(model, tokens), contrast.clean, i)
+        z = read_z(model, tokens_of(donor, other))
+        for n, heads in enumerate(sets):
+            edits = [(z_name(la), put(here, head, z[la][there, head])) for la, head in heads]
+            patched = metric(run(model, tokens, edits), contrast.clean, i)
+            effects[i, n] = sign * (patched - plain)
+    return effects
+
+
+def knock_out(model, prompts, sets, dest, src, demos=None, metric=logit_diff):
+    """Metric lost when each set of heads cannot look from one role to another, ``[prompt, set]``."""
+    effects = torch.zeros(len(prompts), len(sets), dtype=torch.float64)
+    for i in range(len(prompts)):
+        tokens = tokens_of(prompts, i)
+        to = tokens_with(prompts, i, src)
+        if demos is not None:
+            to = [p for p in to if prompts.demo_ids[i, p] in demos]
+        plain = metric(run(model, tokens), prompts, i)
+        for n, heads in enumerate(sets):
+            edits = []
+            for layer, head in heads:
+
+                def cut(scores, head=head):
+                    for d in tokens_with(prompts, i, dest):
+                        scores[0, head, d, to] = float("-inf")
+                    return scores
+
+                edits.append((f"blocks.{layer}.attn.hook_attn_scores", cut))
+            effects[i, n] = plain - metric(run(model, tokens, edits), prompts, i)
+    return effects
+
+
+def sources_of(prompts, i, role, dest):
+    """The tokens that a source role means, as seen from token ``dest``."""
+    found = []
+    for src in range(dest + 1):
+        name = ROLES[prompts.role_ids[i, src]]
+        own, demo = int(prompts.demo_ids[i, dest]), int(prompts.demo_ids[i, src])
+        if role == "all":
+            meant = True
+        elif own < 0 or role == "bos":
+            meant = name == role
+        elif role == "earlier":
+            meant = 0 <= demo < own
+        elif role == "carried":
+            meant = not (name == "answer" and demo == own)
+        else:
+            meant = name == role and demo == own
+        if meant:
+            found.append(src)
+    return found
+
+
+def patch_sources(model, contrast, cells, at, direction="denoise", metric=logit_diff):
+    """Effect of each cell, a (head, source role, part) with head (layer, head), ``[prompt, cell]``."""
+    base, donor, sign = sides(contrast, direction)
+    effects = torch.zeros(len(contrast), len(cells), dtype=torch.float64)
+    for i in range(len(contrast)):
+        tokens, donor_tokens = tokens_of(base, i), tokens_of(donor, i)
+        plain = metric(run(model, tokens), contrast.clean, i)
+        for n, ((layer, head), role, part) in enumerate(cells):
+            names = [f"blocks.{layer}.attn.hook_{what}" for what in ("q", "k", "v", "pattern", "z")]
+            ours, theirs = read(model, tokens, names), read(model, donor_tokens, names)
+            change = {
+                p: change_of_z(
+                    model, tokens, names, ours, theirs, head, p, sources_of(base, i, role, p), part
+                )
+                for p in last_tokens(base, i, at)
+            }
+
+            def add(z, head=head, change=change):
+                for p in change:
+                    z[0, p, head] += change[p]
+                return z
+
+            patched = metric(run(model, tokens, [(z_name(layer), add)]), contrast.clean, i)
+            effects[i, n] = sign * (patched - plain)
+    return effects
+
+
+def change_of_z(model, tokens, names, ours, theirs, head, dest, sources, part):
+    """Change of a head's z at ``dest`` when ``part`` of what it takes from ``sources`` changes."""
+    _, _, v, A, z = ours
+    q_donor, k_donor, v_donor, A_donor, _ = theirs
+    group = head // (model.cfg.n_heads // v.shape[1])  # the key and value head that it uses
+    put_k = (names[1], put(sources, group, k_donor[sources, group]))
+    put_v = (names[2], put(sources, group, v_donor[sources, group]))
+    if part in ("k", "kv"):
+        (new,) = read(model, tokens, names[4:], [put_k] if part == "k" else [put_k, put_v])
+        return new[dest, head] - z[dest, head]
+    if part == "q":
+        put_q = (names[0], put([dest], head, q_donor[dest, head]))
+        (A_donor,) = read(model, tokens, names[3:4], [put_q])
+    change = torch.zeros_like(z[dest, head])
+    for j in sources:
+        old, new = A[head, dest, j], A_donor[head, dest, j]
+        change += {
+            "pattern": (new - old) * v[j, group],
+            "q": (new - old) * v[j, group],
+            "value": old * (v_donor[j, group] - v[j, group]),
+            "interaction": (new - old) * (v_donor[j, group] - v[j, group]),
+            "both": new * v_donor[j, group] - old * v[j, group],
+        }[part]
+    return change
+
+
+def patch_paths(
+    model,
+    contrast,
+    paths,
+    sender_at="answer",
+    receiver_at="query_is",
+    direction="denoise",
+    metric=logit_diff,
+):
+    """Effect of each direct path, a (sender, receiver, via), ``[prompt, path]``.
+
+    Path patching with everything in between frozen:
+
+    1. Run the base with the sender's z from the donor, and the outputs of all later attention and
+       MLP layers below the receiver held at what they were: its inputs see the sender alone.
+    2. Put the inputs named by ``via`` into a base run and read the receiver's z.
+    3. Put that z into a base run, where all that follows is free.
+    """
+    base, donor, sign = sides(contrast, direction)
+    effects = torch.zeros(len(contrast), len(paths), dtype=torch.float64)
+    for i in range(len(contrast)):
+        tokens = tokens_of(base, i)
+        plain = metric(run(model, tokens), contrast.clean, i)
+        z = read_z(model, tokens_of(donor, i))
+        here, last = last_tokens(base, i, sender_at), last_tokens(base, i, receiver_at)
+        for n, ((w_layer, w_head), (r_layer, r_head), via) in enumerate(paths):
+            frozen = [f"blocks.{la}.hook_attn_out" for la in range(w_layer + 1, r_layer)]
+            frozen += [f"blocks.{la}.hook_mlp_out" for la in range(w_layer, r_layer)]
+            held = [hold(value) for value in read(model, tokens, frozen)]
+            sent = (z_name(w_layer), put(here, w_head, z[w_layer][here, w_head]))
+            inputs = [f"blocks.{r_layer}.attn.hook_{what}" for what in via]
+            seen = read(model, tokens, inputs, [sent, *zip(frozen, held, strict=True)])
+            edits = [(name, hold(value)) for name, value in zip(inputs, seen, strict=True)]
+            (new,) = read(model, tokens, [z_name(r_layer)], edits)
+            edit = (z_name(r_layer), put(last, r_head, new[last, r_head]))
+            patched = metric(run(model, tokens, [edit]), contrast.clean, i)
+            effects[i, n] = sign * (patched - plain)
+    return effects
