@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 
 import pytest
 import torch
@@ -45,3 +46,20 @@ def tiny_model(arch: str, kind: str, dtype: torch.dtype = torch.float32, **setti
 def kind(request) -> str:
     """Each TransformerLens class that is installed."""
     return request.param
+
+
+_DIFFERENCES: dict[str, float] = {}
+
+
+def note_difference(what: str, error: float) -> None:
+    """Remember the largest difference from the naive loop, by test; shown with ``-v``."""
+    test = os.environ["PYTEST_CURRENT_TEST"].split("::")[-1].split(" ")[0]
+    key = f"{test}: {what}"
+    _DIFFERENCES[key] = max(error, _DIFFERENCES.get(key, 0.0))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if _DIFFERENCES and config.get_verbosity() > 0:
+        terminalreporter.section("largest differences from the naive loop")
+        for key, error in sorted(_DIFFERENCES.items()):
+            terminalreporter.write_line(f"{error:.1e}  {key}")

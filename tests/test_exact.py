@@ -9,7 +9,7 @@ import naive
 import numpy as np
 import pytest
 import torch
-from conftest import KINDS, precise, tiny_model
+from conftest import KINDS, note_difference, precise, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_models import ARCHITECTURES
@@ -78,12 +78,12 @@ def sample(items, n: int, seed: int = 0) -> list:
     return [items[i] for i in sorted(chosen)]
 
 
-def agree(name: str, scores, expected: torch.Tensor, dtype: torch.dtype, record_property) -> None:
+def agree(name: str, scores, expected: torch.Tensor, dtype: torch.dtype) -> None:
     """Compare ``[prompt, cell]`` with the naive loop, note the difference, refuse empty effects."""
     got = np.asarray(scores, dtype=np.float64).reshape(expected.shape)
     expected = expected.double().numpy()
     error = float(np.abs(got - expected).max())
-    record_property(name, error)
+    note_difference(name, error)
     assert error <= TOLERANCE[dtype], f"{name} differs by {error:.2g}"
     assert np.abs(expected).max() > 100 * TOLERANCE[torch.float32], f"{name}: nothing to compare"
 
@@ -92,7 +92,7 @@ def agree(name: str, scores, expected: torch.Tensor, dtype: torch.dtype, record_
 
 
 @each_model
-def test_heads(arch, kind, dtype, record_property):
+def test_heads(arch, kind, dtype):
     """All heads, or a sample: at three roles, both ways, jointly and one by one."""
     model = tiny_model(arch, kind, dtype)
     full = dtype == torch.float32
@@ -110,9 +110,9 @@ def test_heads(arch, kind, dtype, record_property):
             scores = patch_heads(model, contrast, at=at, direction=direction)
             found = np.stack([scores.data.values[:, la, h] for la, h in heads], 1)
             expected = naive.patch_heads(model, contrast, [[h] for h in heads], at, direction)
-            agree(f"heads {at} {direction}", found, expected, dtype, record_property)
+            agree(f"heads {at} {direction}", found, expected, dtype)
         total = naive.total(model, contrast)
-        agree("total", scores.total.values, total, dtype, record_property)
+        agree("total", scores.total.values, total, dtype)
         contrast = a_contrast(arch, kind, "rugged")
         scores = patch_heads(model, contrast, at="answer", demos="each")
         assert scores.data.dims == ("prompt", "layer", "head", "demo")
@@ -120,11 +120,11 @@ def test_heads(arch, kind, dtype, record_property):
             heads = sample(BELOW, 1, seed=demo)
             found = np.stack([scores.data.values[:, la, h, demo] for la, h in heads], 1)
             expected = naive.patch_heads(model, contrast, [[h] for h in heads], "answer", demo=demo)
-            agree(f"heads answer[{demo}]", found, expected, dtype, record_property)
+            agree(f"heads answer[{demo}]", found, expected, dtype)
 
 
 @each_model
-def test_sets_and_knockouts(arch, kind, dtype, record_property):
+def test_sets_and_knockouts(arch, kind, dtype):
     model = tiny_model(arch, kind, dtype)
     sets = {"pair": [(0, 1), (0, 3)], "chain": [(0, 0), (1, 2), (2, 3)], "none": []}
     some = sample(HEADS, 6 if dtype == torch.float32 else 3)
@@ -132,20 +132,20 @@ def test_sets_and_knockouts(arch, kind, dtype, record_property):
         contrast = a_contrast(arch, kind, "rugged")
         scores = patch_together(model, contrast, sets, at="answer")
         expected = naive.patch_heads(model, contrast, list(sets.values()), "answer")
-        agree("together", scores.data, expected, dtype, record_property)
+        agree("together", scores.data, expected, dtype)
         assert (scores.data.sel(site="none") == 0).all()
         prompts = contrast.clean
         scores = knock_out(model, prompts)
         found = np.stack([scores.data.values[:, la, h] for la, h in some], 1)
         expected = naive.knock_out(model, prompts, [[h] for h in some], "query_is", "answer")
-        agree("knockout", found, expected, dtype, record_property)
+        agree("knockout", found, expected, dtype)
         scores = knock_out(model, prompts, dest="answer", src="x", sets=sets, demos=[0, 2])
         expected = naive.knock_out(model, prompts, sets.values(), "answer", "x", demos=[0, 2])
-        agree("knockout of sets", scores.data, expected, dtype, record_property)
+        agree("knockout of sets", scores.data, expected, dtype)
 
 
 @each_model
-def test_sources(arch, kind, dtype, record_property):
+def test_sources(arch, kind, dtype):
     """Parts and roles of the source split, at the query and at demonstrations."""
     model = tiny_model(arch, kind, dtype)
     with precise(dtype):
@@ -170,11 +170,11 @@ def test_sources(arch, kind, dtype, record_property):
                 1,
             )
             expected = naive.patch_sources(model, contrast, cells, at, direction)
-            agree(f"sources {at} {direction}", found, expected, dtype, record_property)
+            agree(f"sources {at} {direction}", found, expected, dtype)
 
 
 @each_model
-def test_paths(arch, kind, dtype, record_property):
+def test_paths(arch, kind, dtype):
     """Direct paths equal path patching with everything in between frozen."""
     model = tiny_model(arch, kind, dtype)
     via = ["q", "k", "v", "kv"]
@@ -196,7 +196,7 @@ def test_paths(arch, kind, dtype, record_property):
                 1,
             )
             expected = naive.patch_paths(model, contrast, paths, direction=direction)
-            agree(f"paths {direction}", found, expected, dtype, record_property)
+            agree(f"paths {direction}", found, expected, dtype)
             assert (scores.data[:, 1, 0] == 0).all()  # a sender in the receiver's layer
             assert abs(scores.data.sel(via="q")).max() < TOLERANCE[dtype]  # q is read elsewhere
         # The query of a receiver sees what is written at its own token alone.
@@ -214,11 +214,11 @@ def test_paths(arch, kind, dtype, record_property):
             model, contrast, paths, sender_at="query_is", direction=direction
         )
         found = here.data.sel(via=["q", "kv"]).values
-        agree("paths from query_is", found, expected, dtype, record_property)
+        agree("paths from query_is", found, expected, dtype)
 
 
 @pytest.mark.parametrize("arch", ["mistral", "gemma2"])
-def test_window_that_binds(arch, kind, record_property):
+def test_window_that_binds(arch, kind):
     """Sliding windows are the model's own: whole runs through its blocks stay exact."""
     model = tiny_model(arch, kind, window=5)
     contrast = a_contrast(arch, kind, "plain")
@@ -226,12 +226,12 @@ def test_window_that_binds(arch, kind, record_property):
     scores = patch_heads(model, contrast)
     found = np.stack([scores.data.values[:, la, h] for la, h in heads], 1)
     expected = naive.patch_heads(model, contrast, [[h] for h in heads], "answer")
-    agree("window heads", found, expected, torch.float32, record_property)
+    agree("window heads", found, expected, torch.float32)
     cells = [((1, 2), "is", part) for part in ("pattern", "value", "kv", "both")]
     scores = patch_sources(model, contrast, at="answer", heads=[(1, 2)], roles=["is"])
     found = scores.data.sel(part=[part for *_, part in cells]).values
     expected = naive.patch_sources(model, contrast, cells, "answer")
-    agree("window sources", found, expected, torch.float32, record_property)
+    agree("window sources", found, expected, torch.float32)
 
 
 # --------------------------------------------------------------------------- one set of numbers
@@ -239,7 +239,7 @@ def test_window_that_binds(arch, kind, record_property):
 
 @pytest.mark.skipif(len(KINDS) == 1, reason="TransformerLens 4 has no HookedTransformer")
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_both_classes_give_the_same_numbers(arch, record_property):
+def test_both_classes_give_the_same_numbers(arch):
     hooked, bridge = (tiny_model(arch, kind) for kind in ("hooked", "bridge"))
     contrast = a_contrast(arch, "hooked", "rugged")
     for name, measure in {
@@ -251,7 +251,7 @@ def test_both_classes_give_the_same_numbers(arch, record_property):
         ours, theirs = measure(hooked), measure(bridge)
         assert ours.data.dims == theirs.data.dims and ours.data.std() > 1e-4
         error = float(abs(ours.data - theirs.data).max())
-        record_property(f"classes {name}", error)
+        note_difference(f"classes {name}", error)
         assert error <= 1e-5, f"{name} differs by {error:.2g}"
 
 
@@ -260,7 +260,7 @@ def test_transformer_lens_patching_gives_the_same_numbers(arch, kind):
     """Where `transformer_lens.patching` applies: prompts of one length, one position at a time."""
     from transformer_lens.patching import get_act_patch_attn_head_out_by_pos
 
-    model = tiny_model(arch, kind)
+    model = tiny_model(arch, kind, n_layers=2)
     prompts = make_prompts(model, PLAIN, n_demos=2, n_prompts=2, seed=5, template="{x} is {y}\n")
     contrast = prompts.corrupt("answers", seed=6)
     corrupted = contrast.corrupted.tokens
@@ -323,7 +323,7 @@ def test_rows_per_run_decides_memory_alone(most, kind, monkeypatch):
     torch.testing.assert_close(many[0], plain, rtol=0, atol=1e-5)
     assert (many[1:4] - many[0]).abs().max(1).values.min() > 1e-3 and last > 0
     calls = {
-        "heads": lambda: patch_heads(model, contrast),
+        "together": lambda: patch_together(model, contrast, {"a": [(0, 1)], "b": BELOW, "c": []}),
         "paths": lambda: patch_paths(model, contrast, senders=[(0, 0), (1, 1)], receivers=[(2, 2)]),
     }
     before = {name: call().data.values for name, call in calls.items()}
@@ -344,11 +344,11 @@ def test_no_variants():
 def test_permuted_prompts_permute_rows(order):
     model = tiny_model("gpt2", KINDS[0])
     contrast = a_contrast("gpt2", KINDS[0], "rugged", 5)
-    heads = [(0, 0), (2, 3)]
+    heads = [(0, 0), (1, 3)]
     shuffled = contrast.select(order)
     for measure in (
         lambda c: patch_together(model, c, {"both": heads}, metric="kl").data,
-        lambda c: patch_sources(model, c, heads=heads[1:], roles=["answer"]).data,
+        lambda c: patch_sources(model, c, heads=heads, roles=["answer"], parts=["kv"]).data,
         lambda c: knock_out(model, c.clean, sets={"both": heads}).data,
     ):
         np.testing.assert_allclose(measure(shuffled), measure(contrast)[list(order)], atol=1e-5)
@@ -377,8 +377,8 @@ def test_null_patch_changes_nothing(direction, kind):
         patch_heads(model, same, **settings),
         patch_heads(model, same, at="x", demos="each", **settings),
         patch_together(model, same, {"all": HEADS}, at="query_is", **settings),
-        patch_sources(model, same, heads=[(1, 1), (2, 3)], **settings),
-        patch_paths(model, same, receivers=[(2, 1)], via=["q", "k", "v", "kv"], **settings),
+        patch_sources(model, same, heads=[(1, 1)], roles=["answer", "all"], **settings),
+        patch_paths(model, same, senders=[(0, 1)], receivers=[(2, 1)], via=["q", "kv"], **settings),
     ):
         assert abs(scores.data).max() < 2e-6 and abs(scores.total).max() < 2e-6
 
@@ -426,11 +426,14 @@ def test_metrics(name, direction):
     def as_tensor(*args):
         return torch.as_tensor(formula(*args))
 
-    scores = patch_heads(model, contrast, at="query_is", direction=direction, metric=name)
-    expected = naive.patch_heads(
-        model, contrast, [[h] for h in HEADS], "query_is", direction, as_tensor
+    sets = {"all": HEADS, "some": BELOW, "one": [(2, 1)]}
+    scores = patch_together(
+        model, contrast, sets, at="query_is", direction=direction, metric=name
     )
-    np.testing.assert_allclose(scores.data.values.reshape(3, -1), expected.numpy(), atol=1e-5)
+    expected = naive.patch_heads(
+        model, contrast, sets.values(), "query_is", direction, as_tensor
+    )
+    np.testing.assert_allclose(scores.data, expected.numpy(), atol=1e-5)
     total = naive.total(model, contrast, as_tensor).numpy()
     np.testing.assert_allclose(scores.total, total, atol=1e-5)
     cut = knock_out(model, contrast.clean, sets={"all": HEADS}, metric=name)

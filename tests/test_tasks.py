@@ -134,9 +134,8 @@ def test_shared_relations_have_the_answers_of_their_partners_up_to_a_few():
     for name in SHARED:
         ours, theirs = (set(known[each].values()) for each in (name, PARTNERS[name]))
         assert PARTNERS[PARTNERS[name]] == name and PARTNERS[name] in SHARED
-        alone = len(ours ^ theirs)
-        assert alone == {"country-capital": 12, "country-neighbour-capital": 12,
-                         "country-language": 7, "country-neighbour-language": 7}.get(name, 0)  # fmt: skip
+        alone = {"capital": 12, "language": 7}.get(name.split("-")[-1], 0)
+        assert len(ours ^ theirs) == alone
         assert min(len(ours), len(theirs)) >= 12
     typed = {name: PARTNERS[name] for name in PARTNERS if name not in SHARED}
     for name, partner in typed.items():
@@ -235,7 +234,7 @@ INPUTS = {
 @pytest.mark.parametrize("name", RULES)
 def test_the_rule_agrees_with_every_demonstration_and_the_answer(name):
     seen = Counter()
-    for sample in draws(name, 9, 400):
+    for sample in draws(name, 9, 400 if name == "digit" else 150):
         demos, query, answer, foil = sample
         seen[sample.rule_name] += 1
         is_high = RULES[name][sample.rule_name]
@@ -267,16 +266,16 @@ def test_held_out_inputs_are_queries_and_nothing_else(name):
 
 @pytest.mark.parametrize("name", RULES)
 def test_classes_labels_and_places_are_balanced(name):
-    samples = draws(name, 8, 400)
+    samples = draws(name, 8, 200)
     assert all(sorted(Counter(y for _, y in s.demos).values()) == [4, 4] for s in samples)
     is_high = [RULES[name][s.rule_name](s.query) for s in samples]
-    assert 0.43 < np.mean(is_high) < 0.57
+    assert 0.4 < np.mean(is_high) < 0.6
     last = [s.demos[-1][1] == s.answer for s in samples]
-    assert 0.43 < np.mean(last) < 0.57  # copying the last label is chance
+    assert 0.4 < np.mean(last) < 0.6  # copying the last label is chance
     first = [min(s.answer, s.foil) == s.answer for s in samples]
-    assert 0.43 < np.mean(first) < 0.57
+    assert 0.4 < np.mean(first) < 0.6
     more = Counter(Counter(y for _, y in s.demos)[s.answer] for s in draws(name, 5, 200))
-    assert set(more) == {2, 3} and 0.43 < more[2] / 200 < 0.57
+    assert set(more) == {2, 3} and 0.4 < more[2] / 200 < 0.6
 
 
 @pytest.mark.parametrize("name", RULES)

@@ -1,1 +1,89 @@
-"""Which attention heads carry a task through a prompt."""
+"""Which attention heads carry a task through a prompt: who writes, who reads, by which paths.
+
+``import tv_interp as tv`` is cheap: names load what they need when they are first used, and
+importing changes nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .analysis.find import HeadReport, find_heads
+    from .analysis.heads import knock_out, patch_heads, patch_sources, patch_together
+    from .analysis.paths import patch_paths
+    from .errors import TvInterpError
+    from .interventions import Cut, Edge, Patch, Recorded, Site, record, run_variants
+    from .models.load import load_model
+    from .prompts import Contrast, Prompts, Role, Task, get_task, list_tasks, make_prompts
+    from .scores import Metric, Scores
+    from .show.report import write_report
+
+_HOME = {
+    "HeadReport": ".analysis.find",
+    "find_heads": ".analysis.find",
+    "knock_out": ".analysis.heads",
+    "patch_heads": ".analysis.heads",
+    "patch_sources": ".analysis.heads",
+    "patch_together": ".analysis.heads",
+    "patch_paths": ".analysis.paths",
+    "TvInterpError": ".errors",
+    "Cut": ".interventions",
+    "Edge": ".interventions",
+    "Patch": ".interventions",
+    "Recorded": ".interventions",
+    "Site": ".interventions",
+    "record": ".interventions",
+    "run_variants": ".interventions",
+    "load_model": ".models.load",
+    "Contrast": ".prompts",
+    "Prompts": ".prompts",
+    "Role": ".prompts",
+    "Task": ".prompts",
+    "get_task": ".prompts",
+    "list_tasks": ".prompts",
+    "make_prompts": ".prompts",
+    "Metric": ".scores",
+    "Scores": ".scores",
+    "write_report": ".show.report",
+}
+
+__all__ = [  # noqa: PLE0604
+    "Contrast",
+    "Cut",
+    "Edge",
+    "HeadReport",
+    "Metric",
+    "Patch",
+    "Prompts",
+    "Recorded",
+    "Role",
+    "Scores",
+    "Site",
+    "Task",
+    "TvInterpError",
+    "find_heads",
+    "get_task",
+    "knock_out",
+    "list_tasks",
+    "load_model",
+    "make_prompts",
+    "patch_heads",
+    "patch_paths",
+    "patch_sources",
+    "patch_together",
+    "record",
+    "run_variants",
+    "write_report",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'tv_interp' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

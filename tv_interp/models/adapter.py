@@ -217,7 +217,8 @@ class Adapter:
             return None if until is not None else self._unembed(x[:, -1:])[:, -1]
 
     def _unembed(self, resid: Float[Tensor, "row 1 d_model"]) -> Float[Tensor, "row 1 vocab"]:
-        logits = self.model.unembed(self.model.ln_final(resid))
+        norm = getattr(self.model, "ln_final", None)  # a HookedTransformer without norms has none
+        logits = self.model.unembed(resid if norm is None else norm(resid))
         if self._is_bridge:
             return self.model.adapter.apply_output_logits_transform(logits)
         cap = getattr(self.model.cfg, "output_logits_soft_cap", -1.0)

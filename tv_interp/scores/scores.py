@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -161,7 +162,7 @@ class Scores:
         layers, heads = np.unravel_index(order, flat.shape)
         role = str(self.attrs.get("at", "answer"))
         return tuple(
-            Site(int(flat.layer[i]), int(flat.head[j]), "z", role)
+            Site(int(flat["layer"][i]), int(flat["head"][j]), "z", role)
             for i, j in zip(layers, heads, strict=True)
         )
 
@@ -207,6 +208,7 @@ class Scores:
             ("unit", self.unit, other.unit),
             *((k, self.attrs.get(k), other.attrs.get(k)) for k in ("corruption", "direction")),
             ("prompts", self.clusters, other.clusters),
+            ("axes", _axes(self.data), _axes(other.data)),
         ):
             if ours != theirs:
                 raise ScoreError(
@@ -286,8 +288,11 @@ def save_groups(groups: Mapping[str, xr.Dataset], path: str | os.PathLike) -> No
             mode = "a"
         os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise FileError(f"cannot write {path}: {error.strerror or error}") from error
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise FileError(f"cannot write {path}: {reason}") from error
+    finally:
+        with contextlib.suppress(OSError):  # gone where all went well
+            partial.unlink()
 
 
 def load_dataset(path: str | os.PathLike, group: str | None = None) -> xr.Dataset:
@@ -306,6 +311,10 @@ def load_dataset(path: str | os.PathLike, group: str | None = None) -> xr.Datase
         raise FileError(
             f"{path} is corrupt or no netCDF file: {str(error).splitlines()[0]}"
         ) from error
+
+
+def _axes(data: xr.DataArray) -> list[tuple[str, list]]:
+    return [(str(dim), data[dim].values.tolist()) for dim in data.dims]
 
 
 def _short(value: object) -> str:

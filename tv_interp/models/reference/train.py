@@ -31,8 +31,8 @@ LOOK_UP_FIRST = {
     "simple-string": 0.14, "digit": 0.10, "2d-data": 0.06,
 }  # fmt: skip
 BALANCED = {
-    "typed": 0.12, "shared": 0.24, "bijection": 0.07, "lookup": 0.10,
-    "simple-string": 0.16, "digit": 0.15, "2d-data": 0.16,
+    "typed": 0.10, "shared": 0.30, "bijection": 0.06, "lookup": 0.06,
+    "simple-string": 0.16, "digit": 0.14, "2d-data": 0.18,
 }  # fmt: skip
 
 
@@ -46,11 +46,11 @@ class Recipe:
     batch: int = 32
     length: int = 64
     warm_length: int = 32
-    muon_lr: float = 0.008
+    muon_lr: float = 0.003
     muon_decay: float = 0.1
     adam_lr: float = 1.5e-3
     decay_from: float = 0.65
-    head_dropout: float = 0.1
+    head_dropout: float = 0.05
     first_mix: dict[str, float] = field(default_factory=lambda: LOOK_UP_FIRST)
     mix: dict[str, float] = field(default_factory=lambda: BALANCED)
     prewired: dict[str, int] = field(
@@ -59,9 +59,8 @@ class Recipe:
 
 
 PRESETS = {
-    "base": Recipe(steps=8_000, warm_steps=2_000),
-    "natural": Recipe(steps=8_000, warm_steps=4_000, prewired={}),
-    "slow": Recipe(steps=8_000, warm_steps=2_000, muon_lr=0.003),
+    "base": Recipe(steps=5_000, warm_steps=2_000),
+    "natural": Recipe(steps=5_000, warm_steps=2_000, prewired={}),
     "tiny": Recipe(steps=60, warm_steps=20, layers=2, batch=8, length=48),
 }
 

@@ -1,0 +1,183 @@
+"""The command line: the same words as in Python.
+
+Everything is checked before a model is loaded or a file written. Bad input is one line on stderr
+and exit code 2.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from .errors import TvInterpError
+
+
+def heads(
+    model: str = "reference",
+    task: str = "country-capital",
+    n_demos: int = 8,
+    n_prompts: int = 64,
+    seed: int = 0,
+    corruptions: list[str] | None = None,
+    template: str | None = None,
+    metric: str = "logit_diff",
+    fdr: float = 0.05,
+    min_recovered: float = 0.02,
+    backend: Literal["auto", "hooked", "bridge"] = "auto",
+    out: str | None = None,
+    json: bool = False,
+) -> None:
+    """Find the heads that write at the answers and the heads that read them at "is".
+
+    Args:
+        model: "reference", a local directory in Hugging Face format, or a hub name.
+        task: Name of a task; see `tv-interp tasks`.
+        n_demos: Demonstrations in each prompt.
+        n_prompts: Prompts in each of the two splits (heads are chosen on one, reported on the other).
+        seed: Decides prompts, splits and resamples.
+        corruptions: At least two of task, random_answers, labels, answers, inputs, query; by
+            default those of the task's family.
+        template: Text with {x} and {y}; by default the model's own, else "{x} is {y}\\n".
+        metric: logit_diff, prob, log_prob, kl, accuracy, choice, label_rate or rank.
+        fdr: False discovery rate.
+        min_recovered: Least share of the total that counts.
+        backend: TransformerLens class.
+        out: Directory for heads.json, scores.nc and report.html.
+        json: Print JSON instead of a table.
+    """
+    from .analysis.find import find_heads, make_directory
+    from .models.load import load_model
+    from .prompts import get_task
+    from .prompts.corruptions import check_corruption, default_corruptions
+    from .prompts.roles import Template
+    from .scores import get_metric
+
+    chosen = get_task(task)
+    get_metric(metric)
+    if template is not None:
+        Template.parse(template)
+    for kind in corruptions or default_corruptions(chosen.family):
+        partner = get_task(chosen.partner) if chosen.partner else None
+        check_corruption(kind, chosen, partner)
+    _check_numbers(n_demos=n_demos, n_prompts=n_prompts, fdr=fdr)
+    directory = make_directory(out) if out is not None else None
+    found = find_heads(
+        load_model(model, backend=backend),
+        chosen,
+        n_demos=n_demos,
+        n_prompts=n_prompts,
+        seed=seed,
+        corruptions=corruptions,
+        template=template,
+        metric=metric,
+        fdr=fdr,
+        min_recovered=min_recovered,
+        progress=sys.stderr.isatty(),
+    )
+    print(_json(found.to_dict()) if json else found)
+    if directory is not None:
+        from .show.report import write_report
+
+        found.save(directory)
+        write_report(directory / "report.html", found, command=_command())
+        names = ", ".join(str(directory / n) for n in ("heads.json", "scores.nc", "report.html"))
+        print(f"\nWrote {names}", file=sys.stderr if json else sys.stdout)
+
+
+def tasks(family: str | None = None, json: bool = False) -> None:
+    """List the tasks that ship with the package.
+
+    Args:
+        family: Only this family: knowledge, categorization, bijection or lookup.
+        json: Print JSON instead of a table.
+    """
+    import numpy as np
+
+    from .prompts import get_task, list_tasks
+
+    rows = []
+    for name in list_tasks(family):
+        task = get_task(name)
+        sample = task.sample(np.random.default_rng(0), 2)
+        example = "; ".join(f"{x} is {y}" for x, y in sample.demos)
+        rows.append({"name": name, "family": task.family, "example": example})
+    if json:
+        print(_json(rows))
+        return
+    print(f"{'task':<33}{'family':<16}example")
+    for row in rows:
+        print(f"{row['name']:<33}{row['family']:<16}{row['example']}"[:80].rstrip())
+
+
+def models(json: bool = False) -> None:
+    """List the models that ship with the package.
+
+    Args:
+        json: Print JSON instead of a table.
+    """
+    from .models.load import WEIGHTS
+
+    rows = []
+    for path in sorted(WEIGHTS.glob("*/config.json")):
+        config = __import__("json").loads(path.read_text("utf-8"))
+        size = sum(p.stat().st_size for p in path.parent.iterdir()) / 1e6
+        rows.append(
+            {
+                "name": path.parent.name,
+                "layers": config["num_hidden_layers"],
+                "heads": config["num_attention_heads"],
+                "d_model": config["hidden_size"],
+                "megabytes": round(size, 1),
+                "card": str(path.parent / "README.md"),
+            }
+        )
+    if json:
+        print(_json(rows))
+        return
+    print(f"{'model':<24}{'layers':>7}{'heads':>7}{'d_model':>9}{'MB':>7}")
+    for r in rows:
+        print(
+            f"{r['name']:<24}{r['layers']:>7}{r['heads']:>7}{r['d_model']:>9}{r['megabytes']:>7}"
+        )
+    print("\nAny local directory in Hugging Face format and any hub name work too.")
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"heads": heads, "tasks": tasks, "models": models}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command; bad input exits with code 2 and one line on stderr."""
+    from jsonargparse import CLI
+
+    try:
+        CLI(COMMANDS, args=arguments, as_positional=False, prog="tv-interp")
+    except TvInterpError as error:
+        print(f"tv-interp: error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from error
+    except KeyboardInterrupt:
+        print("tv-interp: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _check_numbers(*, n_demos: int, n_prompts: int, fdr: float) -> None:
+    if n_demos < 1:
+        raise TvInterpError(f"expected n_demos of 1 or more, got {n_demos}")
+    if n_prompts < 4:
+        raise TvInterpError(f"expected n_prompts of 4 or more, got {n_prompts}")
+    if not 0 < fdr < 1:
+        raise TvInterpError(f"expected fdr between 0 and 1, got {fdr}")
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2)
+
+
+def _command() -> str:
+    return shlex.join(["tv-interp", *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    main()
