@@ -6,11 +6,13 @@ and exit code 2.
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn, get_type_hints
 
 from .errors import TvInterpError
 
@@ -48,6 +50,8 @@ def heads(
         out: Directory for heads.json, scores.nc and report.html.
         json: Print JSON instead of a table.
     """
+    import numpy as np
+
     from .analysis.find import find_heads, make_directory
     from .models.load import load_model
     from .prompts import get_task
@@ -59,10 +63,11 @@ def heads(
     get_metric(metric)
     if template is not None:
         Template.parse(template)
-    for kind in corruptions or default_corruptions(chosen.family):
+    for kind in corruptions or default_corruptions(chosen):
         partner = get_task(chosen.partner) if chosen.partner else None
         check_corruption(kind, chosen, partner)
     _check_numbers(n_demos=n_demos, n_prompts=n_prompts, fdr=fdr)
+    chosen.sample(np.random.default_rng(seed), n_demos)  # refuses more than the task has
     directory = make_directory(out) if out is not None else None
     found = find_heads(
         load_model(model, backend=backend),
@@ -77,7 +82,7 @@ def heads(
         min_recovered=min_recovered,
         progress=sys.stderr.isatty(),
     )
-    print(_json(found.to_dict()) if json else found)
+    print(_dumps(found.to_dict()) if json else found)
     if directory is not None:
         from .show.report import write_report
 
@@ -105,7 +110,7 @@ def tasks(family: str | None = None, json: bool = False) -> None:
         example = "; ".join(f"{x} is {y}" for x, y in sample.demos)
         rows.append({"name": name, "family": task.family, "example": example})
     if json:
-        print(_json(rows))
+        print(_dumps(rows))
         return
     print(f"{'task':<33}{'family':<16}example")
     for row in rows:
@@ -122,7 +127,7 @@ def models(json: bool = False) -> None:
 
     rows = []
     for path in sorted(WEIGHTS.glob("*/config.json")):
-        config = __import__("json").loads(path.read_text("utf-8"))
+        config = _loads(path.read_text("utf-8"))
         size = sum(p.stat().st_size for p in path.parent.iterdir()) / 1e6
         rows.append(
             {
@@ -135,7 +140,7 @@ def models(json: bool = False) -> None:
             }
         )
     if json:
-        print(_json(rows))
+        print(_dumps(rows))
         return
     print(f"{'model':<24}{'layers':>7}{'heads':>7}{'d_model':>9}{'MB':>7}")
     for r in rows:
@@ -145,21 +150,55 @@ def models(json: bool = False) -> None:
     print("\nAny local directory in Hugging Face format and any hub name work too.")
 
 
+ABOUT = "Which attention heads carry a task through a prompt: who writes, who reads."
 COMMANDS: dict[str, Callable[..., None]] = {"heads": heads, "tasks": tasks, "models": models}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; bad input exits with code 2 and one line on stderr."""
-    from jsonargparse import CLI
-
+    parser = _parser(prog="tv-interp", description=ABOUT)
+    commands = parser.add_subcommands(required=True, dest="command")
+    for name, function in COMMANDS.items():
+        sub = _parser(description=inspect.getdoc(function).split("\n\n")[0])  # type: ignore[union-attr]
+        _add_options(sub, function)
+        commands.add_subcommand(name, sub, help=sub.description)
+    given = parser.parse_args(arguments)
     try:
-        CLI(COMMANDS, args=arguments, as_positional=False, prog="tv-interp")
+        COMMANDS[given.command](**vars(given[given.command]))
     except TvInterpError as error:
         print(f"tv-interp: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from error
     except KeyboardInterrupt:
         print("tv-interp: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _parser(**settings: Any) -> Any:
+    """Make a parser whose errors are one line."""
+    from jsonargparse import ArgumentParser
+
+    class Parser(ArgumentParser):
+        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+            line = " ".join(str(message).split())
+            print(f"tv-interp: error: {line}; see tv-interp --help", file=sys.stderr)
+            raise SystemExit(2) from ex
+
+    return Parser(default_env=False, **settings)
+
+
+def _add_options(parser: Any, function: Callable[..., None]) -> None:
+    """Give a command one option for each parameter, with the help of its docstring."""
+    help_of = dict(re.findall(r"^ {4}(\w+): (.+(?:\n {8,}.+)*)", inspect.getdoc(function) or "", re.M))
+    hints = get_type_hints(function)
+    for name, parameter in inspect.signature(function).parameters.items():
+        option = "--" + name.replace("_", "-")
+        text = " ".join(help_of[name].split())
+        if hints[name] is bool:
+            parser.add_argument(option, action="store_true", help=text)
+        elif hints[name] == list[str] | None:
+            parser.add_argument(option, nargs="+", type=str, default=None, help=text)
+        else:
+            parser.add_argument(option, type=hints[name], default=parameter.default, help=text)
 
 
 def _check_numbers(*, n_demos: int, n_prompts: int, fdr: float) -> None:
@@ -171,8 +210,12 @@ def _check_numbers(*, n_demos: int, n_prompts: int, fdr: float) -> None:
         raise TvInterpError(f"expected fdr between 0 and 1, got {fdr}")
 
 
-def _json(value: Any) -> str:
+def _dumps(value: Any) -> str:
     return json.dumps(value, indent=2)
+
+
+def _loads(text: str) -> Any:
+    return json.loads(text)
 
 
 def _command() -> str:

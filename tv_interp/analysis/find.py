@@ -18,12 +18,14 @@ import itertools
 import json
 import math
 import os
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from ..errors import FileError, PromptError, TvInterpError, unknown
 from ..interventions.engine import Recorded, record
@@ -34,7 +36,7 @@ from ..prompts.corruptions import CORRUPTIONS, default_corruptions
 from ..scores import Scores
 from ..scores.metrics import METRICS, Targets, get_metric
 from ..scores.scores import save_groups
-from ..scores.statistics import adjust, cluster_ids
+from ..scores.statistics import adjust
 from .common import DIRECTIONS, Direction, all_heads, provenance
 from .heads import patch_heads, patch_sources, patch_together
 from .paths import patch_paths
@@ -285,7 +287,7 @@ def find_heads(
     """
     task = get_task(task)
     metric = get_metric(metric).name
-    kinds = tuple(default_corruptions(task.family) if corruptions is None else corruptions)
+    kinds = tuple(default_corruptions(task) if corruptions is None else corruptions)
     for kind in kinds:
         if kind not in CORRUPTIONS:
             raise unknown("corruption", kind, CORRUPTIONS)
@@ -488,7 +490,7 @@ class _Search:
             large += int(share.sum())
             out[key] = share & (adjusted[start : start + p.size].reshape(p.shape) <= self.fdr)
             start += p.size
-        items = min(len(cluster_ids(s.clusters)) and len(set(s.clusters)) for s in cells.values())
+        items = min(len(set(s.clusters)) for s in cells.values())
         reachable, needed = 2.0 ** (1 - items), self.fdr * max(1, large) / size
         if reachable > needed and items < 20:
             note = (
@@ -680,11 +682,9 @@ class _Search:
                 runs[kind] = recorded.corrupted
                 for name, run in runs.items():
                     targets = Targets.of(recorded.contrast.clean)
-                    rows = np.arange(len(recorded.contrast))
-                    import torch
-
+                    rows = torch.arange(len(recorded.contrast))
                     out[name] = {
-                        m: float(METRICS[m].readout(targets)(run.logits, torch.from_numpy(rows)).mean())
+                        m: float(METRICS[m].readout(targets)(run.logits, rows).mean())
                         for m in ("accuracy", "choice", "label_rate", "logit_diff")
                     }
         return out
@@ -776,8 +776,6 @@ def _table(report: HeadReport) -> list[str]:
             lines.append("  " + control)
     if report.notes:
         lines += ["", *(f"Note: {note}" for note in report.notes)]
-    import textwrap
-
     return [
         part
         for line in lines

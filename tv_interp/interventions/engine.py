@@ -79,11 +79,11 @@ def record(model: Any, contrast: Contrast) -> Recorded:
     )
 
 
-def record_run(adapter: Adapter, prompts: Prompts) -> Run:
-    """Run prompts once and keep head outputs and logits."""
+def record_run(adapter: Adapter, prompts: Prompts, *, keep_z: bool = True) -> Run:
+    """Run prompts once and keep logits and, unless told otherwise, head outputs."""
     check_fits(adapter, prompts)
-    names = [("z", layer) for layer in range(adapter.n_layers)]
-    width = int(prompts.lengths.max())
+    names = [("z", layer) for layer in range(adapter.n_layers)] if keep_z else []
+    width = int(prompts.lengths.max()) if keep_z else 0
     shape = (len(prompts), adapter.n_layers, width, adapter.n_heads, adapter.d_head)
     z = torch.zeros(shape, dtype=adapter.dtype)
     logits: list[tuple[Tensor, Tensor]] = []

@@ -40,11 +40,11 @@ class Words:
     n_tokens: Callable[[str, str], int]
 
 
-def default_corruptions(family: str) -> tuple[str, ...]:
-    """Name the corruptions that `find_heads` uses for a family of tasks."""
-    if family in ("knowledge", "bijection"):
-        return ("task", "random_answers")
-    return ("labels", "answers") if family == "categorization" else ("answers", "inputs")
+def default_corruptions(task: Task) -> tuple[str, ...]:
+    """Name the corruptions that `find_heads` uses for a task, by its family."""
+    if task.family in ("knowledge", "bijection"):
+        return ("task" if task.partner else "answers", "random_answers")
+    return ("labels", "answers") if task.family == "categorization" else ("answers", "inputs")
 
 
 def check_corruption(kind: str, task: Task, other: Task | None) -> None:

@@ -1,0 +1,89 @@
+"""The command line: checked before anything is loaded, one clear line for bad input."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tv_interp import cli
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    code = 0
+    try:
+        cli.main(list(arguments))
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+@pytest.fixture(autouse=True)
+def no_model_is_loaded(monkeypatch):
+    """Bad input must be found before a model is loaded."""
+    from tv_interp.models import load
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a model was loaded before the input was checked")
+
+    monkeypatch.setattr(load, "load_model", refuse)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task", "contry-capital"], "unknown task 'contry-capital': did you mean"),
+        (["--template", "{x} foo"], "expected a template with {x} and then {y}"),
+        (["--corruptions", "answers", "shuffle"], "unknown corruption 'shuffle'"),
+        (["--corruptions", "labels", "answers"], "exchanges the two labels of a categorization"),
+        (["--task", "digit", "--corruptions", "task", "labels"], "needs another relation"),
+        (["--metric", "logit"], "unknown metric 'logit': did you mean 'logit_diff'"),
+        (["--n-demos", "0"], "expected n_demos of 1 or more, got 0"),
+        (["--n-demos", "many"], "Expected a <class 'int'>"),
+        (["--n-prompts", "1"], "expected n_prompts of 4 or more"),
+        (["--fdr", "2"], "expected fdr between 0 and 1"),
+        (["--n-demos", "60"], "has inputs for at most 44 demonstrations"),
+        (["--backend", "jax"], "Literal['auto', 'hooked', 'bridge']"),
+        (["--nonsense"], "unrecognized arguments: --nonsense"),
+    ],
+)
+def test_bad_input_is_one_line_on_stderr_and_exit_code_2(capsys, arguments, message):
+    code, out, err = run(capsys, "heads", *arguments)
+    assert code == 2 and out == ""
+    assert len(err.strip().splitlines()) == 1
+    assert message in err
+
+
+def test_an_output_directory_that_cannot_be_written_is_said_first(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, out, err = run(capsys, "heads", "--out", str(tmp_path / "file" / "out"))
+    assert code == 2 and out == ""
+    assert "cannot write to directory" in err and "name another" in err
+
+
+def test_no_command_is_an_error(capsys):
+    code, _, err = run(capsys)
+    assert code == 2 and "{heads,tasks,models}" in err
+
+
+def test_tasks_lists_every_family_in_80_columns_and_as_json(capsys):
+    code, out, _ = run(capsys, "tasks")
+    assert code == 0 and max(map(len, out.splitlines())) <= 80
+    assert "country-capital" in out and "simple-string" in out
+    code, out, _ = run(capsys, "tasks", "--family", "categorization", "--json")
+    assert [row["name"] for row in json.loads(out)] == ["simple-string", "digit", "2d-data"]
+
+
+def test_models_lists_the_reference_model(capsys):
+    code, out, _ = run(capsys, "models", "--json")
+    assert code == 0
+    (row,) = [r for r in json.loads(out) if r["name"] == "reference"]
+    assert row["megabytes"] < 20
+
+
+def test_help_shows_options_and_defaults(capsys):
+    code, out, _ = run(capsys, "heads", "--help")
+    assert code == 0
+    for text in ("--n-demos", "default: 8", "--out", "--json", "default: country-capital"):
+        assert text in out

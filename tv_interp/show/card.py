@@ -1,0 +1,204 @@
+"""The model card's measurements: ``python -m tv_interp.show.card [--model reference]``.
+
+Every number of a card comes from this command, run on the shipped weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy.stats import binomtest
+
+from ..analysis.find import write_text
+from ..errors import ModelError
+from ..interventions.engine import record_run
+from ..models.adapter import Adapter
+from ..models.load import load_model, reference_directory
+from ..prompts import Task, get_task, list_tasks, make_prompts
+from ..prompts.tasks.categorization import Categorization
+from ..prompts.tasks.knowledge import SHARED
+from ..prompts.tasks.words import held_out_label_words
+from ..scores.metrics import METRICS, Targets
+
+DEMOS = (0, 1, 2, 4, 6, 8, 10)
+
+
+def families() -> dict[str, list[Task]]:
+    """Group the shipped tasks as the card reports them."""
+    knowledge = [get_task(name) for name in list_tasks("knowledge")]
+    out: dict[str, list[Task]] = {
+        "knowledge, typed": [t for t in knowledge if t.name not in SHARED],
+        "knowledge, shared answers": [t for t in knowledge if t.name in SHARED],
+        "bijections": [get_task(n) for n in list_tasks("bijection") if n.endswith("bijection")],
+        "look-up": [get_task("lookup")],
+    }
+    for name in list_tasks("categorization"):
+        task = get_task(name)
+        assert isinstance(task, Categorization)
+        out[name] = [task]
+        out[f"{name}, unseen label words"] = [task.with_labels(held_out_label_words())]
+    return out
+
+
+def measure_accuracy(
+    model: Any,
+    *,
+    n_prompts: int = 500,
+    demos: Sequence[int] = DEMOS,
+    seed: int = 1234,
+) -> list[dict[str, Any]]:
+    """Measure exact top-1 accuracy at the last query, by family and number of demonstrations.
+
+    Queries of categorization tasks are inputs held out of training.
+
+    Args:
+        model: A model of the reference vocabulary.
+        n_prompts: Prompts of each family and number of demonstrations, shared by its tasks.
+        demos: Numbers of demonstrations.
+        seed: Decides the prompts.
+
+    Returns:
+        One row a cell: family, n_demos, n, accuracy, lo, hi (Wilson, 95 %), choice.
+    """
+    adapter = Adapter.of(model)
+    rows = []
+    for family, tasks in families().items():
+        for n_demos in demos:
+            right, chosen = [], []
+            for task in tasks:
+                prompts = make_prompts(
+                    model,
+                    task,
+                    n_demos=n_demos,
+                    n_prompts=max(4, -(-n_prompts // len(tasks))),
+                    seed=seed,
+                )
+                logits = record_run(adapter, prompts, keep_z=False).logits
+                targets, every = Targets.of(prompts), torch.arange(len(prompts))
+                right.append(METRICS["accuracy"].readout(targets)(logits, every))
+                chosen.append(METRICS["choice"].readout(targets)(logits, every))
+            hits, n = int(torch.cat(right).sum()), len(torch.cat(right))
+            interval = binomtest(hits, n).proportion_ci(method="wilson")
+            rows.append(
+                {
+                    "family": family,
+                    "n_demos": n_demos,
+                    "n": n,
+                    "accuracy": round(hits / n, 4),
+                    "lo": round(interval.low, 4),
+                    "hi": round(interval.high, 4),
+                    "choice": round(float(torch.cat(chosen).mean()), 4),
+                }
+            )
+    return rows
+
+
+def write_card(model: str = "reference", n_prompts: int = 500) -> None:
+    """Measure a shipped model and write its README.md and ``accuracy.json``.
+
+    Args:
+        model: Name of a shipped model.
+        n_prompts: Prompts of each cell.
+
+    Raises:
+        ModelError: if there is no such model.
+    """
+    directory = reference_directory(model)
+    if directory is None:
+        raise ModelError(f"expected the name of a shipped model, got {model!r}")
+    rows = measure_accuracy(load_model(model), n_prompts=n_prompts)
+    lines = [json.dumps(row) for row in rows]
+    write_text(directory / "accuracy.json", "[\n " + ",\n ".join(lines) + "\n]\n")
+    write_text(directory / "README.md", _card(model, directory, rows))
+
+
+def _card(name: str, directory: Path, rows: Sequence[dict[str, Any]]) -> str:
+    config = json.loads((directory / "config.json").read_text("utf-8"))
+    about = config["tv_interp"]
+    recipe, shape = about["recipe"], about["shape"]
+    curve = [json.loads(line) for line in (directory / "curve.jsonl").read_text().splitlines()]
+    demos = sorted({row["n_demos"] for row in rows})
+    table = [
+        "| family | " + " | ".join(f"{n}" for n in demos) + " |",
+        "|---|" + "---|" * len(demos),
+    ]
+    for family in dict.fromkeys(row["family"] for row in rows):
+        cells = {row["n_demos"]: row for row in rows if row["family"] == family}
+        shown = (f"{cells[n]['accuracy']:.2f}" for n in demos)
+        table.append(f"| {family} | " + " | ".join(shown) + " |")
+    widest = max(row["hi"] - row["lo"] for row in rows) / 2
+    wired = recipe["prewired"]
+    start = (
+        "These heads **started** as previous-token heads (an initialisation, freely trained "
+        "afterwards), so a search for writers may find just these: "
+        + ", ".join(f"L{k.replace('.', 'H')} ({v} back)" for k, v in wired.items())
+        + "."
+        if wired
+        else "No head was pre-wired: every weight started at random."
+    )
+    steps = [row for i, row in enumerate(curve) if i % max(1, len(curve) // 10) == 0]
+    if curve and curve[-1] not in steps:
+        steps.append(curve[-1])
+    kinds = [key for key in curve[-1] if key not in ("step", "loss")] if curve else []
+    learning = [
+        "| step | " + " | ".join(kinds) + " |",
+        "|---|" + "---|" * len(kinds),
+        *(f"| {r['step']} | " + " | ".join(f"{r[k]:.2f}" for k in kinds) + " |" for r in steps),
+    ]
+    mix = ", ".join(f"{k} {v:g}" for k, v in recipe["mix"].items())
+    return "\n".join(
+        [
+            f"# {name}",
+            "",
+            "A small decoder trained to solve tasks from demonstrations, so that `tv_interp` runs "
+            "offline. It knows a few hundred words and nothing else.",
+            "",
+            f"{shape['layers']} layers, {shape['heads']} heads, d_model {shape['width']}, gated MLP "
+            f"of {shape['hidden']}, rotary positions, tied embeddings, {shape['vocab']} tokens, in "
+            "the Llama layout. Prompts are `<bos> x is y x is y ... x is`, without a separator.",
+            "",
+            "## What was planted",
+            "",
+            start + " The loss is the next answer, and nothing else: no loss or mask writes a "
+            "mechanism in.",
+            "",
+            "## Accuracy",
+            "",
+            "Exact top-1 at the last query, by number of demonstrations; "
+            f"{min(r['n'] for r in rows)} or more prompts a cell, 95 % intervals of at most "
+            f"±{widest:.3f} (each in `accuracy.json`). Queries of categorization tasks are inputs "
+            "never seen in a categorization prompt in training; label words are drawn for each "
+            "prompt. Measured by `python -m tv_interp.show.card --model " + name + "`.",
+            "",
+            *table,
+            "",
+            "*Typed*: the answer alone tells the relation. *Shared answers*: another relation has "
+            "the same inputs and the same answers, so only the pair tells (France-Paris is the "
+            "capital, France-Madrid the neighbour's capital).",
+            "",
+            "## Training",
+            "",
+            f"`python -m tv_interp.models.reference.train --preset {about['preset']} --out DIR`: "
+            f"{recipe['steps']} steps of {recipe['batch']} sequences (length "
+            f"{recipe['warm_length']} for the first {recipe['warm_steps']} steps, then "
+            f"{recipe['length']}), Muon {recipe['muon_lr']:g} on matrices, AdamW "
+            f"{recipe['adam_lr']:g} on the rest, head dropout {recipe['head_dropout']:g} from step "
+            f"{recipe['warm_steps']} on, seed {about['seed']}, torch {about['torch']}. "
+            f"Families by weight: {mix}.",
+            "",
+            "Accuracy while training (8 demonstrations, about 48 prompts a cell, so ±.14):",
+            "",
+            *learning,
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    from jsonargparse import CLI
+
+    CLI(write_card, as_positional=False)

@@ -1,0 +1,464 @@
+"""One HTML file that tells what was found, to whom it may concern, with the network off.
+
+1. Numbers come from the report alone. Two things are computed here, where the report still has its
+   model: effects by demonstration, and the attention on one prompt.
+2. The page holds plotly.js and circuitsvis once each; its own policy forbids it to ask the network.
+3. The same inputs give the same bytes. Everything from data is escaped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..analysis.common import Experiment
+from ..analysis.find import Effect, FoundHead, HeadReport, write_text
+from ..errors import PromptError, TvInterpError
+from ..interventions.engine import run_variants
+from ..interventions.sites import Patch, Site, Variant
+from ..models.adapter import Adapter
+from ..prompts import Prompts
+from ..prompts.roles import ROLE_NAMES
+from ..scores import Scores
+from . import plots, views
+from .plots import LETTERS
+
+GROUPS = {
+    "writers": "exchanged at the answers, they carry there what they read elsewhere",
+    "copiers": "exchanged at the answers, they pass on only the answer's own word",
+    "readers": "exchanged at query_is, they act by what they read from the answers",
+    "relays": "exchanged at query_is, they act without reading the answers",
+}
+CORRUPTIONS = {
+    "task": "the demonstrations of another relation over the same inputs; foil: the other "
+    "relation's answer to the same query",
+    "random_answers": "answers drawn at random from the task's answers (two labels: from the two); "
+    "foil: another demonstration's answer, or the other label",
+    "labels": "the two labels exchanged everywhere, so that the right answer flips; foil: the other "
+    "label",
+    "answers": "the answers change places among the demonstrations (two labels: half of each class "
+    "gets the other label); foil: what the corrupted demonstrations suggest for the query, else "
+    "another demonstration's answer",
+    "inputs": "the inputs change places among the demonstrations (two labels: between the "
+    "classes); foil: as for answers",
+    "query": "another query in the same prompt; foil: its answer",
+}
+_PLAIN = {
+    "model", "model_class", "tv_interp", "torch", "transformer_lens", "task", "family", "template",
+    "n_prompts", "n_demos", "seed", "dropped", "corruptions", "metric", "n_items", "fdr",
+    "fdr_family", "min_recovered", "max_paths",
+}  # fmt: skip
+N_PROMPTS, N_HEADS, N_EXAMPLES = 16, 4, 3
+
+
+def write_report(
+    path: str | os.PathLike, found: HeadReport, *more: Any, command: str | None = None
+) -> None:
+    """Write what was found as one HTML file that needs no network.
+
+    Args:
+        path: File to write, under its final name only once it is whole.
+        found: From `find_heads`. Where it still has its model, effects by demonstration and
+            attention are computed for the page.
+        more: Scores, each of which gets a figure; None is passed over.
+        command: The command that made the report; None for the call in Python.
+
+    Raises:
+        TvInterpError: for anything else than these.
+        FileError: if the file cannot be written.
+    """
+    if not isinstance(found, HeadReport):
+        raise TvInterpError(
+            f"expected a HeadReport as made by find_heads, got {type(found).__name__}: call "
+            "write_report(path, find_heads(...))"
+        )
+    scores = [each for each in more if each is not None]
+    for each in scores:
+        if not isinstance(each, Scores):
+            raise TvInterpError(
+                f"write_report cannot show a {type(each).__name__}: pass a HeadReport, and after "
+                "it Scores"
+            )
+    write_text(Path(path), _page(found, scores, command))
+
+
+def effects_by_demo(
+    report: HeadReport, *, n_prompts: int = N_PROMPTS, top: int = N_HEADS
+) -> Scores | None:
+    """Exchange the strongest writers (else copiers) at one demonstration's answer at a time.
+
+    Args:
+        report: From `find_heads`.
+        n_prompts: The first so many test prompts.
+        top: So many heads.
+
+    Returns:
+        Scores over ``(prompt, demo, site)`` for the corruption and direction in which the
+        strongest head was found; None where the report has no model or found no such head.
+
+    Raises:
+        PromptError: if none of these prompts can be corrupted again.
+    """
+    heads = (report.writers or report.copiers)[:top]
+    if report.model is None or not heads:
+        return None
+    best = heads[0].best
+    prompts = report.prompts.select(range(min(n_prompts, len(report.prompts))))
+    contrast = prompts.corrupt(best.corruption, seed=report.settings["seed"] + 2)
+    metric = report.settings["metric"]
+    run = Experiment(report.model, contrast, None, best.direction, metric, "answer")
+    z = run.donor.z_at("answer")
+    demos = range(prompts.n_demos)
+    sites = [h.site for h in heads]
+    variants: list[Variant] = [
+        (Patch(Site(*site.at, "z", "answer", demo), z[:, site.layer, demo, site.head]),)
+        for demo in demos
+        for site in sites
+    ]
+    values = run_variants(report.model, run.base.prompts, variants, run.readout)
+    effects = run.effects(values).reshape(len(contrast), len(demos), len(sites))
+    labels = {"demo": list(demos), "site": [str(site) for site in sites]}
+    return run.scores(effects, ("demo", "site"), labels, demos="each")
+
+
+def _page(report: HeadReport, more: Sequence[Scores], command: str | None) -> str:
+    import jinja2
+    from markupsafe import Markup
+
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["signed"] = lambda value: f"{value:+.2f}"
+    template = environment.from_string(plots.read_asset(__package__, "report.html.j2"))
+    figures = _Figures()
+    attention = _attention(report)
+    return template.render(
+        report=report,
+        settings=_plain(report.settings),
+        task=report.settings.get("task", "unnamed task"),
+        model=report.settings.get("model", "unnamed model"),
+        summary=_summary(report),
+        command=command or _call(report),
+        groups=[
+            {"name": name, "text": text, "rows": [_row(h) for h in getattr(report, name)]}
+            for name, text in GROUPS.items()
+        ],
+        kinds=list(dict.fromkeys(e.corruption for h in report.found for e in h.effects)),
+        letters=LETTERS,
+        corruptions={k: CORRUPTIONS.get(k, "") for k in report.settings.get("corruptions", [])},
+        maps=_maps(report, figures),
+        sources=_sources(report, figures),
+        joint=figures.add(plots.plot_joint(report, title="")) if report.joint else "",
+        paths=_paths(report, figures),
+        demos=_demos(report, figures),
+        attention=attention,
+        examples=_examples(report),
+        corrupted=_corrupted(report),
+        role_names=[r for r in ROLE_NAMES if r in _roles(report.prompts)],
+        extra={k: v for k, v in _plain(report.settings).items() if k not in _PLAIN},
+        more=[
+            {
+                "title": plots.describe(each) or "Scores",
+                "figure": figures.add(plots.plot_scores(each, title="")),
+            }
+            for each in more
+        ],
+        data=Markup(plots.script_json(_finite(report.to_dict()))),
+        plotly=Markup(plots.plotly_script()),
+        circuitsvis=Markup(views.bundle_script()) if attention else "",
+    )
+
+
+class _Figures:
+    """Numbers the figures of a page."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def add(self, figure: Any) -> Any:
+        from markupsafe import Markup
+
+        self.count += 1
+        return Markup(plots.fragment(figure, f"figure-{self.count}"))
+
+
+# ---------------------------------------------------------------------------------- what is said
+
+
+def _summary(report: HeadReport) -> list[str]:
+    """Say in plain words what was found, from the numbers alone."""
+    s = report.settings
+    out = [
+        f"{s.get('model')} was given prompts of {s.get('task')} with {report.prompts.n_demos} "
+        "demonstrations each."
+    ]
+    clean = report.accuracy.get("clean", {})
+    if "accuracy" in clean:
+        out[0] = out[0][:-1] + f", and answered {clean['accuracy']:.0%} of the test prompts rightly."
+    if not report.found:
+        return [
+            *out,
+            "No head was found that writes at the demonstrations' answers, or that reads them: "
+            "none had an effect that was significant, large enough and of one sign on both halves "
+            "of the prompts. See the notes for what may have hidden one.",
+        ]
+    does = {
+        "writers": "writes at the demonstrations' answers what it read elsewhere",
+        "copiers": "passes on only the answer's own word there",
+        "readers": "reads the answers at query_is, where the answer is predicted",
+        "relays": "matters at query_is without reading the answers",
+    }
+    parts = []
+    for name, verb in does.items():
+        heads = getattr(report, name)
+        if heads:
+            verb = verb if len(heads) == 1 else _plural(verb)
+            parts.append(f"{len(heads)} head{'s' * (len(heads) != 1)} {verb} ({_list(heads)})")
+    out.append(_join(parts) + ".")
+    for label, heads in (("writer", report.writers), ("reader", report.readers)):
+        joint = [j for j in report.joint if j.label == label]
+        if joint:
+            best = max(joint, key=lambda j: abs(j.effect.recovered))
+            e = best.effect
+            subject = f"The {label}" if len(heads) == 1 else f"All {len(heads)} {label}s together"
+            text = (
+                f"{subject} accounted for {_percent(e.recovered)} [{_percent(e.lo)} to "
+                f"{_percent(e.hi)}] of what corrupting {e.corruption} changes ({e.direction}), the "
+                "largest of the joint effects"
+            )
+            if best.control:
+                text += (
+                    f"; {len(best.control)} sets of other heads: {_percent(min(best.control))} to "
+                    f"{_percent(max(best.control))}"
+                )
+            out.append(text + ".")
+    asked = [h for h in report.writers if h.local_vector is not None]
+    if asked:
+        n = sum(bool(h.local_vector) for h in asked)
+        out.append(
+            f"{n} of {len(asked)} writers reached a found reader by a direct path, and so wrote a "
+            "local task vector that is read."
+        )
+    return out
+
+
+def _plural(verb: str) -> str:
+    first, rest = verb.split(" ", 1)
+    first = {"passes": "pass"}.get(first, first.removesuffix("s"))
+    return f"{first} {rest}".replace(" it read", " they read")
+
+
+def _list(heads: Sequence[FoundHead], most: int = 6) -> str:
+    names = [f"L{h.site.layer}H{h.site.head}" for h in heads]
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _join(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}"
+
+
+def _call(report: HeadReport) -> str:
+    """Write the call that makes this report again."""
+    s = report.settings
+    arguments = {k: s[k] for k in ("n_demos", "n_prompts", "seed", "corruptions", "template")}
+    arguments |= {k: s[k] for k in ("metric", "fdr", "min_recovered", "max_paths")}
+    written = ", ".join(f"{k}={v!r}" for k, v in arguments.items())
+    return f"tv.find_heads(tv.load_model({s['model']!r}), {s['task']!r}, {written})"
+
+
+def _row(head: FoundHead) -> dict[str, Any]:
+    """Lay one head out: an effect for each corruption and direction, found on selection or not."""
+    by: dict[str, dict[str, Effect]] = {}
+    for effect in head.effects:
+        by.setdefault(effect.corruption, {})[effect.direction] = effect
+    split = sorted(
+        ((role, v) for role, v in head.sources.items() if role != "all"), key=lambda p: -abs(p[1])
+    )
+    return {
+        "head": head,
+        "name": f"L{head.site.layer}H{head.site.head}",
+        "order": head.site.layer * 10_000 + head.site.head,
+        "by": by,
+        "best": head.best,
+        "sources": [(role, v) for role, v in split[:4] if abs(v) >= 0.005],
+    }
+
+
+# ---------------------------------------------------------------------------------- what is drawn
+
+
+def _maps(report: HeadReport, figures: _Figures) -> list[dict[str, Any]]:
+    out = []
+    for key, scores in report.scores.items():
+        kind, way, at = key.split("/")
+        if scores.total_is_clear():
+            figure = plots.plot_heads(report, corruption=kind, direction=way, at=at, title="")
+            figure.update_layout(margin={"t": 10})
+            what = "Written at answer" if at == "answer" else "Read at query_is"
+            out.append({"title": f"{what}: {kind}, {way}", "figure": figures.add(figure)})
+    return out
+
+
+def _sources(report: HeadReport, figures: _Figures) -> list[dict[str, Any]]:
+    out = []
+    for at, title in (("answer", "at the answers"), ("query_is", "at query_is")):
+        if any(h.sources and h.site.role == at for h in report.found):
+            figure = plots.plot_sources(report, at=at, title="")
+            out.append({"title": f"Heads {title}", "figure": figures.add(figure)})
+    return out
+
+
+def _paths(report: HeadReport, figures: _Figures) -> dict[str, Any] | None:
+    if report.paths is None:
+        return None
+    table = report.paths.ci("recovered" if report.paths.total_is_clear() else "mean")
+    flat = table.to_dataframe().reset_index()
+    return {
+        "figure": figures.add(plots.plot_scores(report.paths, title="")),
+        "about": plots.describe(report.paths),
+        "rows": flat.to_dict("records"),
+    }
+
+
+def _demos(report: HeadReport, figures: _Figures) -> dict[str, Any] | None:
+    try:
+        scores = effects_by_demo(report)
+    except PromptError as error:
+        return {"figure": f"Not computed: {error}", "about": "", "n": 0}
+    if scores is None:
+        return None
+    return {
+        "figure": figures.add(plots.plot_scores(scores, title="", top=N_HEADS)),
+        "about": plots.describe(scores),
+        "n": scores.data.sizes["prompt"],
+    }
+
+
+def _attention(report: HeadReport) -> dict[str, Any] | None:
+    """Record the attention of the strongest heads on the shortest test prompt."""
+    from markupsafe import Markup
+
+    heads = (*report.writers[:N_HEADS], *report.readers[:N_HEADS])
+    heads = heads or (*report.copiers[:N_HEADS], *report.relays[:N_HEADS])
+    if report.model is None or not heads:
+        return None
+    prompts = report.prompts
+    row = int(prompts.lengths.argmin())
+    n = int(prompts.lengths[row])
+    if n * n > views.MAX_CELLS:  # megabytes of numbers that nobody can see
+        return None
+    adapter = Adapter.of(report.model)
+    layers = sorted({h.site.layer for h in heads})
+    _, seen = adapter.read(prompts.tokens[row : row + 1, :n], [("pattern", i) for i in layers])
+    pieces = _pieces(prompts, row)
+    roles = _role_labels(prompts, row)
+    shown = heads[: max(1, views.MAX_CELLS // (n * n))]
+    pattern = {h.site: seen["pattern", h.site.layer][0, h.site.head].float().cpu() for h in heads}
+    view = views.attention_view(
+        torch.stack([pattern[h.site] for h in shown]),
+        [f"{piece} ({role})" for piece, role in zip(pieces, roles, strict=True)],
+        [f"{h.site.layer}.{h.site.head} {LETTERS[h.label]}" for h in shown],
+        name="attention",
+    )
+    looks = []
+    for i, head in enumerate((*report.writers[:2], *report.readers[:2])):
+        where = prompts.positions(head.site.role)[row]
+        dest = int(where[-1]) if where.ndim else int(where)
+        values = pattern[head.site][dest]
+        looks.append(
+            {
+                "name": f"L{head.site.layer}H{head.site.head}, {head.label}",
+                "dest": f"{pieces[dest]} ({roles[dest]})",
+                "view": Markup(
+                    views.token_view(
+                        [f" {piece} " for piece in pieces[: dest + 1]],
+                        values[: dest + 1],
+                        min_value=-1,
+                        max_value=1,
+                        name=f"look-{i}",
+                    ).html
+                ),
+            }
+        )
+    return {"view": Markup(view.html), "looks": looks, "row": row, "text": prompts.texts[row]}
+
+
+def _examples(report: HeadReport) -> list[dict[str, Any]]:
+    prompts = report.prompts
+    out = []
+    for row in range(min(N_EXAMPLES, len(prompts))):
+        sample = prompts.samples[row]
+        cells = [
+            (piece, role.split(" ")[0], role)
+            for piece, role in zip(_pieces(prompts, row), _role_labels(prompts, row), strict=True)
+        ]
+        out.append({"cells": cells, "answer": sample.answer})
+    return out
+
+
+def _corrupted(report: HeadReport) -> list[tuple[str, str, str]]:
+    """Corrupt the first prompt that each corruption fits, as for the measurement."""
+    out = []
+    for kind in report.settings.get("corruptions", []):
+        try:
+            pair = report.prompts.corrupt(kind, seed=report.settings["seed"] + 2)
+        except PromptError:
+            continue
+        out.append((kind, pair.corrupted.texts[0], pair.corrupted.samples[0].foil))
+    return out
+
+
+def _pieces(prompts: Prompts, row: int) -> list[str]:
+    """Get the text of each token; a space in front is written as a dot."""
+    ids = prompts.tokens[row, : prompts.lengths[row]].tolist()
+    raw = prompts.tokenizer.convert_ids_to_tokens(ids)
+    out = []
+    for token, fallback in zip(ids, raw, strict=True):
+        text = prompts.tokenizer.decode([token])
+        if not text or "\ufffd" in text:  # a part of a character, or no text at all
+            text = str(fallback)
+        stripped = text.lstrip(" ")
+        out.append(views.readable("·" * (len(text) - len(stripped)) + stripped))
+    return out
+
+
+def _role_labels(prompts: Prompts, row: int) -> list[str]:
+    roles, demos = prompts.role_ids[row].tolist(), prompts.demo_ids[row].tolist()
+    n = int(prompts.lengths[row])
+    return [
+        ROLE_NAMES[role] + (f" {demo}" if demo >= 0 else "")
+        for role, demo in zip(roles[:n], demos[:n], strict=True)
+    ]
+
+
+def _roles(prompts: Prompts) -> set[str]:
+    return {ROLE_NAMES[role] for role in prompts.role_ids.unique().tolist() if role >= 0}
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Write settings as text."""
+    return {
+        key: value if isinstance(value, str) and key != "template" else json.dumps(value)
+        for key, value in settings.items()
+    }
+
+
+def _finite(value: Any) -> Any:
+    """Write numbers that JSON does not have as None."""
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    if isinstance(value, float) and value - value != 0:
+        return None
+    return value
