@@ -40,7 +40,9 @@ PLAIN = Task.from_pairs({f"w{i}": f"w{i + 20}" for i in range(20)})
 # Inputs and answers of one or two tokens, so the rows of one batch have different lengths.
 RUGGED = Task.from_pairs(
     {
-        (f"w{i}" if i % 2 else f"w{i} w{i + 40}"): (f"w{i + 20}" if i % 3 else f"w{i + 20} w{i + 30}")
+        (f"w{i}" if i % 2 else f"w{i} w{i + 40}"): (
+            f"w{i + 20}" if i % 3 else f"w{i + 20} w{i + 30}"
+        )
         for i in range(20)
     }
 )
@@ -54,7 +56,7 @@ each_model = pytest.mark.parametrize(("arch", "kind", "dtype"), MODELS)
 
 
 @functools.cache
-def a_contrast(arch: str, kind: str, which: str, n_prompts: int = 3) -> Contrast:
+def a_contrast(arch: str, kind: str, which: str, n_prompts: int = 2) -> Contrast:
     """``plain``: one token a word, no separator; ``rugged``: one or two, and a separator."""
     model = tiny_model(arch, kind)
     if which == "plain":
@@ -102,11 +104,10 @@ def test_heads(arch, kind, dtype):
                 ("answer", "denoise", "rugged"),
                 ("query_is", "noise", "plain"),
                 ("x", "noise", "rugged"),
-                ("query_is", "denoise", "rugged"),
-            ][: 4 if full else 2]
+            ][: 3 if full else 1]
         ):
             contrast = a_contrast(arch, kind, which)
-            heads = HEADS if full and at == "answer" else sample(BELOW, 2, seed)
+            heads = HEADS if full and at == "answer" else sample(BELOW, 3, seed)
             scores = patch_heads(model, contrast, at=at, direction=direction)
             found = np.stack([scores.data.values[:, la, h] for la, h in heads], 1)
             expected = naive.patch_heads(model, contrast, [[h] for h in heads], at, direction)
@@ -116,11 +117,11 @@ def test_heads(arch, kind, dtype):
         contrast = a_contrast(arch, kind, "rugged")
         scores = patch_heads(model, contrast, at="answer", demos="each")
         assert scores.data.dims == ("prompt", "layer", "head", "demo")
-        for demo in range(3):
-            heads = sample(BELOW, 1, seed=demo)
-            found = np.stack([scores.data.values[:, la, h, demo] for la, h in heads], 1)
-            expected = naive.patch_heads(model, contrast, [[h] for h in heads], "answer", demo=demo)
-            agree(f"heads answer[{demo}]", found, expected, dtype)
+        demo = ARCHITECTURES.index(arch) % 3
+        heads = sample(BELOW, 2, seed=demo)
+        found = np.stack([scores.data.values[:, la, h, demo] for la, h in heads], 1)
+        expected = naive.patch_heads(model, contrast, [[h] for h in heads], "answer", demo=demo)
+        agree(f"heads answer[{demo}]", found, expected, dtype)
 
 
 @each_model
@@ -155,6 +156,8 @@ def test_sources(arch, kind, dtype):
                 ("answer", "noise", "plain", ["x", "is", "answer", "earlier", "carried", "all"]),
             ]
         ):
+            if dtype == torch.float64 and seed != ARCHITECTURES.index(arch) % 2:
+                continue
             contrast = a_contrast(arch, kind, which)
             heads = sample(HEADS[4:8], 2, seed)  # in layer 0 few sources differ
             scores = patch_sources(
@@ -188,6 +191,7 @@ def test_paths(arch, kind, dtype):
                 model, contrast, senders=senders, receivers=receivers, via=via, direction=direction
             )
             paths = [((0, 1), (2, 0), "kv"), ((0, 1), (1, 3), "k"), ((1, 2), (2, 0), "v")]
+            paths = paths if dtype == torch.float32 else paths[:1]
             found = np.stack(
                 [
                     scores.data.values[:, senders.index(s), receivers.index(r), via.index(v)]
@@ -209,11 +213,11 @@ def test_paths(arch, kind, dtype):
             sender_at="query_is",
             direction=direction,
         )
-        paths = [((0, 2), (2, 1), v) for v in ("q", "kv")]
+        paths = [((0, 2), (2, 1), v) for v in ("q", "kv")][: 2 if dtype == torch.float32 else 1]
         expected = naive.patch_paths(
             model, contrast, paths, sender_at="query_is", direction=direction
         )
-        found = here.data.sel(via=["q", "kv"]).values
+        found = here.data.sel(via=[v for *_, v in paths]).values
         agree("paths from query_is", found, expected, dtype)
 
 
@@ -336,7 +340,7 @@ def test_rows_per_run_decides_memory_alone(most, kind, monkeypatch):
 def test_no_variants():
     model, contrast = tiny_model("gpt2", KINDS[0]), a_contrast("gpt2", KINDS[0], "plain")
     none = run_variants(model, contrast.clean, [], lambda logits, rows: logits[:, 0])
-    assert none.shape == (0, 3)
+    assert none.shape == (0, 2)
 
 
 @settings(max_examples=3, deadline=None, derandomize=True)
@@ -427,12 +431,8 @@ def test_metrics(name, direction):
         return torch.as_tensor(formula(*args))
 
     sets = {"all": HEADS, "some": BELOW, "one": [(2, 1)]}
-    scores = patch_together(
-        model, contrast, sets, at="query_is", direction=direction, metric=name
-    )
-    expected = naive.patch_heads(
-        model, contrast, sets.values(), "query_is", direction, as_tensor
-    )
+    scores = patch_together(model, contrast, sets, at="query_is", direction=direction, metric=name)
+    expected = naive.patch_heads(model, contrast, sets.values(), "query_is", direction, as_tensor)
     np.testing.assert_allclose(scores.data, expected.numpy(), atol=1e-5)
     total = naive.total(model, contrast, as_tensor).numpy()
     np.testing.assert_allclose(scores.total, total, atol=1e-5)
@@ -511,9 +511,7 @@ def test_sources_add_up_in_z(arch, at):
     dtype, kind = torch.float64, KINDS[0]
     contrast = a_contrast(arch, kind, "rugged")
     with precise(dtype):
-        run = Experiment(
-            tiny_model(arch, kind, dtype), contrast, None, "denoise", "logit_diff", at
-        )
+        run = Experiment(tiny_model(arch, kind, dtype), contrast, None, "denoise", "logit_diff", at)
         masks = source_masks(contrast.clean, at)
         sites = [Site(la, h, "z", at) for la, h in ((0, 3), (1, 1), (2, 2))]
         change = _source_changes(run, sites, masks, PARTS)

@@ -32,17 +32,17 @@ def heads(
     out: str | None = None,
     json: bool = False,
 ) -> None:
-    """Find the heads that write at the answers and the heads that read them at "is".
+    r"""Find the heads that write at the answers and the heads that read them at "is".
 
     Args:
         model: "reference", a local directory in Hugging Face format, or a hub name.
         task: Name of a task; see `tv-interp tasks`.
         n_demos: Demonstrations in each prompt.
-        n_prompts: Prompts in each of the two splits (heads are chosen on one, reported on the other).
+        n_prompts: Prompts in each of the two splits: one chooses heads, the other reports them.
         seed: Decides prompts, splits and resamples.
         corruptions: At least two of task, random_answers, labels, answers, inputs, query; by
             default those of the task's family.
-        template: Text with {x} and {y}; by default the model's own, else "{x} is {y}\\n".
+        template: Text with {x} and {y}; by default the model's own, else "{x} is {y}\n".
         metric: logit_diff, prob, log_prob, kl, accuracy, choice, label_rate or rank.
         fdr: False discovery rate.
         min_recovered: Least share of the total that counts.
@@ -144,9 +144,7 @@ def models(json: bool = False) -> None:
         return
     print(f"{'model':<24}{'layers':>7}{'heads':>7}{'d_model':>9}{'MB':>7}")
     for r in rows:
-        print(
-            f"{r['name']:<24}{r['layers']:>7}{r['heads']:>7}{r['d_model']:>9}{r['megabytes']:>7}"
-        )
+        print(f"{r['name']:<24}{r['layers']:>7}{r['heads']:>7}{r['d_model']:>9}{r['megabytes']:>7}")
     print("\nAny local directory in Hugging Face format and any hub name work too.")
 
 
@@ -188,7 +186,9 @@ def _parser(**settings: Any) -> Any:
 
 def _add_options(parser: Any, function: Callable[..., None]) -> None:
     """Give a command one option for each parameter, with the help of its docstring."""
-    help_of = dict(re.findall(r"^ {4}(\w+): (.+(?:\n {8,}.+)*)", inspect.getdoc(function) or "", re.M))
+    help_of = dict(
+        re.findall(r"^ {4}(\w+): (.+(?:\n {8,}.+)*)", inspect.getdoc(function) or "", re.M)
+    )
     hints = get_type_hints(function)
     for name, parameter in inspect.signature(function).parameters.items():
         option = "--" + name.replace("_", "-")

@@ -176,7 +176,8 @@ class HeadReport:
         return {
             **{name: [head.to_dict() for head in heads] for name, heads in groups.items()},
             "joint": [
-                {**vars(j), "effect": vars(j.effect), "control": list(j.control)} for j in self.joint
+                {**vars(j), "effect": vars(j.effect), "control": list(j.control)}
+                for j in self.joint
             ],
             "accuracy": {k: dict(v) for k, v in self.accuracy.items()},
             "settings": dict(self.settings),
@@ -302,7 +303,9 @@ def find_heads(
     )
     search = _Search(model, halves, kinds, seed, metric, fdr, min_recovered, progress)
     labels = search.label()
-    found = {at: [h for h, label in labels.items() if ROLES[label[0]] == at] for at in ROLES.values()}
+    found = {
+        at: [h for h, label in labels.items() if ROLES[label[0]] == at] for at in ROLES.values()
+    }
     writers = search.strongest([h for h, la in labels.items() if la[0] == "writer"], max_paths)
     readers = search.strongest([h for h, la in labels.items() if la[0] == "reader"], max_paths)
     paths, local = search.paths(writers, readers)
@@ -456,17 +459,18 @@ class _Search:
         }
         candidate = self._significant(cells)
         labels: dict[tuple[str, Head], tuple[Label, tuple[Effect, ...]]] = {}
-        for at, inside, outside in (
+        pairs: tuple[tuple[str, Label, Label], ...] = (
             ("answer", "writer", "copier"),
             ("query_is", "reader", "relay"),
-        ):
-            chosen = {
-                key: np.argwhere(found) for key, found in candidate.items() if key[2] == at
-            }
+        )
+        for at, inside, outside in pairs:
+            chosen = {key: np.argwhere(found) for key, found in candidate.items() if key[2] == at}
             confirmed = self._confirm(at, chosen)
             for head in sorted({(int(a), int(b)) for hits in chosen.values() for a, b in hits}):
                 effects = tuple(
-                    self._test_effect(kind, direction, at, head, candidate[kind, direction, at][head])
+                    self._test_effect(
+                        kind, direction, at, head, candidate[kind, direction, at][head]
+                    )
                     for kind in self.visible
                     for direction in DIRECTIONS
                 )
@@ -620,8 +624,7 @@ class _Search:
             share = scores.recovered().isel(part=0)
             for i, head in enumerate(heads):
                 out[at, head] = {
-                    str(role): float(share.values[j, i])
-                    for j, role in enumerate(share.role.values)
+                    str(role): float(share.values[j, i]) for j, role in enumerate(share.role.values)
                 }
         return out
 
@@ -639,7 +642,9 @@ class _Search:
             taken = {head for _, head in found[at]}
             controls = control_sets(heads, everything, taken, self.seed)
             if heads and not controls:
-                self.notes.append(f"no control heads are left at {at}: joint effects have no control")
+                self.notes.append(
+                    f"no control heads are left at {at}: joint effects have no control"
+                )
             sets: dict[str, Sequence[Head]] = {label: heads, "all": everything}
             sets |= {f"control {i}": control for i, control in enumerate(controls)}
             if not heads:
@@ -654,10 +659,8 @@ class _Search:
                     **self._shared(kind, 1),
                 )
                 ci = scores.ci("recovered", seed=self.seed)
-                effects = [
-                    Effect(kind, direction, *(float(ci[k].values[i]) for k in ("value", "lo", "hi")))
-                    for i in range(2)
-                ]
+                value, lo, hi = (ci[k].values.astype(float) for k in ("value", "lo", "hi"))
+                effects = [Effect(kind, direction, value[i], lo[i], hi[i]) for i in range(2)]
                 control = tuple(float(v) for v in ci["value"].values[2:])
                 beaten = sum(abs(c) >= abs(effects[0].recovered) for c in control)
                 pvalue = (1 + beaten) / (1 + len(control)) if control else None
@@ -779,5 +782,7 @@ def _table(report: HeadReport) -> list[str]:
     return [
         part
         for line in lines
-        for part in (textwrap.wrap(line, 80, subsequent_indent="    ") or [""] if len(line) > 80 else [line])
+        for part in (
+            textwrap.wrap(line, 80, subsequent_indent="    ") or [""] if len(line) > 80 else [line]
+        )
     ]

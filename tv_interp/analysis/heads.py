@@ -4,8 +4,8 @@ Definitions. m is the metric at ``query_is``, C the clean run, D the corrupted o
 
 * **write effect** of head h: m(D with z_h at the answer positions from C) - m(D).
 * **read effect** of head h: the same with z_h at ``query_is``.
-* **source split**: z = sum over keys j of A_j v_j, so what was exchanged can be split by the role of
-  j, and into the part of attention and the part of values.
+* **source split**: z = sum over keys j of A_j v_j, so what was exchanged can be split by the role
+  of j, and into the part of attention and the part of values.
 * **knockout**: attention from one role to another is taken away; the softmax renormalises.
 
 References: Zhang & Nanda 2309.16042 (metrics, corruptions), Heimersheim & Nanda 2404.15255
@@ -15,7 +15,7 @@ References: Zhang & Nanda 2309.16042 (metrics, corruptions), Heimersheim & Nanda
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -47,7 +47,7 @@ def patch_heads(
     recorded: Recorded | None = None,
     progress: bool = False,
 ) -> Scores:
-    """Exchange the output of each head at one role: who writes (``answer``), who reads (``query_is``).
+    """Exchange each head's output at one role: who writes (``answer``), who reads (``query_is``).
 
     Args:
         model: A HookedTransformer or TransformerBridge in eval mode.
@@ -83,7 +83,11 @@ def patch_heads(
             site = Site(layer, head, "z", at, demo)
             variants.append((Patch(site, value if demo is None else value[:, demo]),))
     values = run_variants(
-        model, run.base.prompts, variants, run.readout, progress=f"{direction} {at}" if progress else None
+        model,
+        run.base.prompts,
+        variants,
+        run.readout,
+        progress=f"{direction} {at}" if progress else None,
     )
     n_layers, n_heads = run.adapter.n_layers, run.adapter.n_heads
     shape = (len(contrast), n_layers, n_heads, len(each))
@@ -121,6 +125,9 @@ def patch_together(
 
     Returns:
         Scores over ``(prompt, site)``, where site is the name of the set.
+
+    Raises:
+        TvInterpError: if a head is outside of the model; and as `patch_heads`.
     """
     run = Experiment(model, contrast, recorded, direction, metric, at)
     z = run.donor.z_at(at)
@@ -207,7 +214,11 @@ def patch_sources(
         for site in sites
     ]
     values = run_variants(
-        model, run.base.prompts, variants, run.readout, progress=f"sources {at}" if progress else None
+        model,
+        run.base.prompts,
+        variants,
+        run.readout,
+        progress=f"sources {at}" if progress else None,
     )
     effects = run.effects(values).reshape(len(contrast), len(wanted), len(parts), len(sites))
     coords = {"role": wanted, "part": list(parts), "site": [str(s) for s in sites]}
@@ -278,18 +289,51 @@ def _source_changes(
             for role, mask in masks.items():
                 m = mask[rows, :, :n].to(adapter.device)
                 a_k = torch.where(m, scores["s_k"], scores["s"]).softmax(-1)
-                value = {
-                    "pattern": lambda m=m: ((a_donor - a) * m) @ v,
-                    "q": lambda m=m: ((a_q - a) * m) @ v,
-                    "k": lambda a_k=a_k: (a_k - a) @ v,
-                    "value": lambda m=m: (a * m) @ (v_donor - v),
-                    "interaction": lambda m=m: ((a_donor - a) * m) @ (v_donor - v),
-                    "both": lambda m=m: (a_donor * m) @ v_donor - (a * m) @ v,
-                    "kv": lambda m=m, a_k=a_k: (a_k - a) @ v + (a_k * m) @ (v_donor - v),
-                }
+                mixed = _Mixture(m, a, a_donor, a_q, a_k, v, v_donor)
                 for part in parts:
-                    out[role, part, site][rows] = value[part]().cpu()
+                    out[role, part, site][rows] = mixed.change(part).cpu()
     return {key: value[:, 0] for key, value in out.items()} if flat else out
+
+
+class _Mixture(NamedTuple):
+    """One head's attention and values in two runs, at some tokens, with keys of one role marked.
+
+    Attributes:
+        mask: ``[row, dest, src]`` keys of the role.
+        a: Attention of the base run.
+        a_donor: Attention of the donor run.
+        a_q: Attention with the donor's queries and the base's keys.
+        a_k: Attention with the base's queries, and the donor's keys at the role.
+        v: ``[row, src, d_head]`` values of the base run.
+        v_donor: Values of the donor run.
+    """
+
+    mask: Tensor
+    a: Tensor
+    a_donor: Tensor
+    a_q: Tensor
+    a_k: Tensor
+    v: Tensor
+    v_donor: Tensor
+
+    def change(self, part: Part) -> Float[Tensor, "row dest d_head"]:
+        """Compute the change of z; see `patch_sources`."""
+        moved, other = self.a_donor - self.a, self.v_donor - self.v
+        match part:
+            case "pattern":
+                return (moved * self.mask) @ self.v
+            case "q":
+                return ((self.a_q - self.a) * self.mask) @ self.v
+            case "k":
+                return (self.a_k - self.a) @ self.v
+            case "value":
+                return (self.a * self.mask) @ other
+            case "interaction":
+                return (moved * self.mask) @ other
+            case "both":
+                return (self.a_donor * self.mask) @ self.v_donor - (self.a * self.mask) @ self.v
+            case "kv":
+                return (self.a_k - self.a) @ self.v + (self.a_k * self.mask) @ other
 
 
 def _attention(

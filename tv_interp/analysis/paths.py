@@ -120,7 +120,7 @@ def patch_paths(
 def _messages(
     adapter: Adapter, base: Run, donor: Run, senders: Sequence[Site]
 ) -> dict[Site, Tensor]:
-    """Compute the change of the attention output that each sender makes, ``[prompt, demo, d_model]``."""
+    """Compute each sender's change of the attention output, ``[prompt, demo, d_model]``."""
     places = _demo_axis(base.prompts.positions(senders[0].role), 2)
     values = donor.z_at(senders[0].role)
     width = adapter.model.cfg.d_model

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from ..errors import ModelError, PromptError
 from ..models.adapter import Adapter, Edit, HookName, Read
 from ..prompts import Contrast, Prompts
-from .sites import Cut, Patch, Site, Variant
+from .sites import Cut, Patch, Variant
 
 Readout = Callable[[Float[Tensor, "row vocab"], Int[Tensor, " row"]], Float[Tensor, " row"]]
 """Turns logits at the last token, and the prompts they belong to, into one number each."""
@@ -63,8 +63,9 @@ class Recorded:
 
     def sides(self, direction: str) -> tuple[Run, Run]:
         """Get (base, donor): denoising patches clean into corrupted, noising the reverse."""
-        pair = (self.corrupted, self.clean)
-        return pair if direction == "denoise" else pair[::-1]
+        if direction == "denoise":
+            return self.corrupted, self.clean
+        return self.clean, self.corrupted
 
 
 def record(model: Any, contrast: Contrast) -> Recorded:
@@ -75,7 +76,10 @@ def record(model: Any, contrast: Contrast) -> Recorded:
     """
     adapter = Adapter.of(model)
     return Recorded(
-        model, contrast, record_run(adapter, contrast.clean), record_run(adapter, contrast.corrupted)
+        model,
+        contrast,
+        record_run(adapter, contrast.clean),
+        record_run(adapter, contrast.corrupted),
     )
 
 
@@ -282,7 +286,9 @@ def _edits(
     for name, modes in gathered.items():
         edits[name] = _patcher(
             {
-                mode: tuple(torch.cat(parts).to(adapter.device) for parts in zip(*each, strict=True))
+                mode: tuple(
+                    torch.cat(parts).to(adapter.device) for parts in zip(*each, strict=True)
+                )
                 for mode, each in modes.items()
             }
         )

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..errors import TvInterpError, UnknownName
+from ..errors import TvInterpError, UnknownName, unknown
 from ..prompts.roles import DEMO_ROLES, parse_role
 
 Head = tuple[int, int]
@@ -48,12 +48,11 @@ class Site:
         """
         role = parse_role(self.role)
         if self.component not in HEAD_COMPONENTS:
-            from ..errors import unknown
-
             raise unknown("component", self.component, HEAD_COMPONENTS)
         if self.demo is not None and role not in DEMO_ROLES:
             raise UnknownName(
-                f"role {self.role!r} is outside of demonstrations, got demo={self.demo}: leave it out"
+                f"role {self.role!r} is outside of demonstrations, got demo={self.demo}: "
+                "leave it out"
             )
 
     def __str__(self) -> str:

@@ -1,0 +1,1 @@
+"""Where a model comes from, and the only code that knows TransformerLens classes."""

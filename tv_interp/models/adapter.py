@@ -84,7 +84,10 @@ class Adapter:
                 "call model.eval() first"
             )
         architecture = _architecture(model)
-        if getattr(cfg, "positional_embedding_type", "") in _ALIBI or "bloom" in architecture.lower():
+        if (
+            getattr(cfg, "positional_embedding_type", "") in _ALIBI
+            or "bloom" in architecture.lower()
+        ):
             raise ModelError(
                 f"{architecture} uses ALiBi attention, which is not supported: interventions "
                 "would not be exact; use a model with learned or rotary positions"

@@ -44,6 +44,14 @@ def load_model(
             it can hold the model exactly, else TransformerBridge.
         dtype: None: as stored but at least float32; float32 for hub names.
         device: None: the GPU where CUDA has one, else the CPU.
+
+    Returns:
+        A HookedTransformer or TransformerBridge in eval mode.
+
+    Raises:
+        FileError: if a directory or a file in it is missing or broken.
+        ModelError: if the model cannot be held by the class, or the hub does not give it.
+        UnknownName: if the name looks like a misspelt preset, or the backend is not known.
     """
     if backend not in ("auto", "hooked", "bridge"):
         raise unknown("backend", backend, ("auto", "hooked", "bridge"))

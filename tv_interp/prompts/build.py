@@ -314,10 +314,10 @@ class Prompts:
 
 def _rewrite(sample: Sample, **words: Any) -> Sample:
     """Replace some words of a sample and keep its rule, where it carries one."""
-    new = Sample(**dict(zip(Sample._fields, sample, strict=True)) | words)
+    fields: dict[str, Any] = dict(zip(Sample._fields, sample, strict=True)) | words
     if not isinstance(sample, RuledSample):
-        return new
-    return RuledSample(*new, rule=sample.rule, rule_name=sample.rule_name)
+        return Sample(**fields)
+    return RuledSample(**fields, rule=sample.rule, rule_name=sample.rule_name)
 
 
 def _reasons(dropped: Mapping[str, int]) -> str:
@@ -439,10 +439,10 @@ def make_prompts(
     task = get_task(task)
     if n_demos < 0:
         raise PromptError(f"expected n_demos of 0 or more, got {n_demos}")
-    tokenizer = getattr(model, "tokenizer", None)
+    tokenizer: Any = getattr(model, "tokenizer", None)
     check_tokenizer(tokenizer)
     if template is None:
-        template = tokenizer.init_kwargs.get("tv_template", DEFAULT_TEMPLATE)
+        template = str(tokenizer.init_kwargs.get("tv_template", DEFAULT_TEMPLATE))
     if prepend_bos is None:
         wanted = getattr(model.cfg, "default_prepend_bos", True)
         prepend_bos = bool(wanted) and tokenizer.bos_token_id is not None

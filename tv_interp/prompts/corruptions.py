@@ -169,8 +169,8 @@ def _same_lengths(new: Sequence[str], lengths: Sequence[int], role: str, words: 
 
 def _draw(rng: np.random.Generator, pool: Sequence[str], length: int, words: Words) -> str:
     for i in rng.permutation(len(pool)):
-        if words.n_tokens(pool[i], "answer") == length:
-            return pool[i]
+        if words.n_tokens(pool[int(i)], "answer") == length:
+            return pool[int(i)]
     raise Misaligned("no answer of equal token length")
 
 

@@ -212,7 +212,8 @@ class Scores:
         ):
             if ours != theirs:
                 raise ScoreError(
-                    f"scores of different {what} cannot be added: {_short(ours)} and {_short(theirs)}"
+                    f"scores of different {what} cannot be added: {_short(ours)} and "
+                    f"{_short(theirs)}"
                 )
         return replace(self, data=self.data + other.data)
 

@@ -1,0 +1,1 @@
+"""Figures, views and the report: everything that is looked at."""

@@ -157,8 +157,8 @@ def _card(name: str, directory: Path, rows: Sequence[dict[str, Any]]) -> str:
             "A small decoder trained to solve tasks from demonstrations, so that `tv_interp` runs "
             "offline. It knows a few hundred words and nothing else.",
             "",
-            f"{shape['layers']} layers, {shape['heads']} heads, d_model {shape['width']}, gated MLP "
-            f"of {shape['hidden']}, rotary positions, tied embeddings, {shape['vocab']} tokens, in "
+            f"{shape['layers']} layers, {shape['heads']} heads, d_model {shape['width']}, gated "
+            f"MLP of {shape['hidden']}, rotary positions, tied embeddings, {shape['vocab']} tokens, in "
             "the Llama layout. Prompts are `<bos> x is y x is y ... x is`, without a separator.",
             "",
             "## What was planted",
@@ -199,6 +199,6 @@ def _card(name: str, directory: Path, rows: Sequence[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    from jsonargparse import CLI
+    from jsonargparse import auto_cli
 
-    CLI(write_card, as_positional=False)
+    auto_cli(write_card, as_positional=False)

@@ -11,7 +11,7 @@ import html
 import json
 import math
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,6 +30,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#00
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "cross")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot", "solid")
 CONFIG = {"responsive": True, "displaylogo": False, "showSendToCloud": False}
+_BETWEEN = 100  # pixels between the rows of a sheet: axis title above, panel title below
 LETTERS = {"writer": "W", "copier": "C", "reader": "R", "relay": "L"}
 _PLANES = (("layer", "head"), ("sender", "receiver"), ("dest", "src"))
 _AXES = {"layer": "layer (0 at the top)", "demo": "demonstration (from 0)", "src": "source",
@@ -75,20 +76,21 @@ def plot_scores(
     dims = [str(d) for d in table["value"].dims]
     plane = next((p for p in _PLANES if set(p) <= set(dims)), None)
     if "demo" in dims or dims == ["layer"]:
-        figure = _lines(table, unit, top)
+        sheet = _lines(table, unit, top)
     elif plane is not None and len(dims) <= 3:
         if isinstance(marked, str):
             marked = scores.significant()
-        figure = _planes(table, plane, unit, marked)
+        sheet = _planes(table, plane, unit, marked)
     elif dims and set(dims) <= {"site", "role", "part"}:
-        figure = _bars(table, unit, top)
+        sheet = _bars(table, unit, top)
     else:
         raise ScoreError(
             f"cannot draw axes {dims or 'none'}: expected layer and head, sender and receiver, or "
             "dest and src with at most one more, demo, or any of site, role, part; select or "
             "average the rest of scores.data first"
         )
-    return _finish(figure, describe(scores) if title is None else title)
+    title = describe(scores) if title is None else title
+    return sheet.figure(title, gaps=plane is not None and "demo" not in dims)
 
 
 def describe(scores: Scores) -> str:
@@ -128,55 +130,66 @@ def plot_heads(
     Raises:
         UnknownName: for what the report does not have.
     """
-    import plotly.graph_objects as go
-    from plotly.subplots import make_subplots
-
     keys = [tuple(key.split("/")) for key in report.scores]
     for i, (kind, wanted) in enumerate(
         (("corruption", corruption), ("direction", direction), ("role", at))
     ):
         if wanted is not None and wanted not in {key[i] for key in keys}:
             raise unknown(kind, wanted, {key[i] for key in keys})
-    clear = {key: report.scores["/".join(key)] for key in keys}
-    clear = {key: s for key, s in clear.items() if s.total_is_clear()}
-    limit = max((float(abs(s.recovered()).max()) for s in clear.values()), default=0.0)
-    shown = {
-        key: s
-        for key, s in clear.items()
-        if all(w in (None, k) for w, k in zip((corruption, direction, at), key, strict=True))
-    }
+    tables = head_tables(report)
     if title is None:
         title = f"{report.settings.get('task')} on {report.settings.get('model')}"
+    wanted_key = (corruption, direction, at)
+    shown = {
+        key: table
+        for key, table in tables.items()
+        if all(w in (None, k) for w, k in zip(wanted_key, key, strict=True))
+    }
     if not shown:
-        return _finish(_message("No corruption makes a measurable difference."), title)
-    rows = list(dict.fromkeys(key[:2] for key in shown))
-    cols = list(dict.fromkeys(key[2] for key in shown))
+        return _message("No corruption makes a measurable difference.", title)
+    return draw_heads(report, shown, _limit(tables.values()), title)
+
+
+def head_tables(report: HeadReport) -> dict[tuple[str, ...], xr.Dataset]:
+    """Get value, lo and hi of recovered by (corruption, direction, role), where it is clear."""
+    return {
+        tuple(key.split("/")): scores.ci("recovered")
+        for key, scores in report.scores.items()
+        if scores.total_is_clear()
+    }
+
+
+def draw_heads(
+    report: HeadReport, tables: Mapping[tuple[str, ...], xr.Dataset], limit: float, title: str
+) -> go.Figure:
+    """Draw maps of `head_tables` with colours from -limit to limit; see `plot_heads`."""
+    rows = list(dict.fromkeys(key[:2] for key in tables))
+    cols = list(dict.fromkeys(key[2] for key in tables))
     names = {"answer": "written at answer", "query_is": "read at query_is"}
-    several = len(rows) * len(cols) > 1
-    figure = make_subplots(
-        rows=len(rows), cols=len(cols), horizontal_spacing=0.12,
-        vertical_spacing=0.3 / len(rows),
-        subplot_titles=[_text(f"{names.get(c, c)}: {r[0]}, {r[1]}") for r in rows for c in cols]
-        if several else None,
-    )  # fmt: skip
-    for (kind, way, role), scores in shown.items():
-        row, col = rows.index((kind, way)) + 1, cols.index(role) + 1
-        table = scores.ci("recovered")
+    height = max(_plane_height(table.sizes["layer"]) for table in tables.values())
+    sheet = _Sheet(len(rows), len(cols), height)
+    for (kind, way, role), table in tables.items():
+        row, col = rows.index((kind, way)), cols.index(role)
+        name = f"{names.get(role, role)}: {kind}, {way}" if len(rows) * len(cols) > 1 else ""
         letters = np.full(table["value"].shape, "", dtype=object)
+        x, y = sheet.panel(row, col, name, *_plane_axes(table, ("layer", "head")))
         for head in (h for h in report.found if h.site.role == role):
             letters[head.site.at] = LETTERS[head.label]
             here = any(
                 e.significant and (e.corruption, e.direction) == (kind, way) for e in head.effects
             )
-            _outline(figure, head, here, row, col)
-        trace = _heatmap(
-            table, ("layer", "head"), "share of total", letters, limit,
-            scale=(row, col) == (1, len(cols)),
-        )  # fmt: skip
-        figure.add_trace(go.Heatmap(trace), row=row, col=col)
-        _plane_axes(figure, table, ("layer", "head"), row, col)
-    height = 110 + len(rows) * (90 + _plane_height(next(iter(shown.values())).data.sizes["layer"]))
-    return _finish(figure.update_layout(height=height), title)
+            layer, index = head.site.at
+            sheet.shapes.append(
+                {
+                    "type": "rect", "xref": x, "yref": y,
+                    "x0": index - 0.5, "x1": index + 0.5, "y0": layer - 0.5, "y1": layer + 0.5,
+                    "line": {"color": "#E69F00", "width": 3, "dash": "solid" if here else "dot"},
+                }
+            )  # fmt: skip
+        scale = (row, col) == (0, len(cols) - 1)
+        trace = _heatmap(table, ("layer", "head"), "share of total", letters, limit, scale=scale)
+        sheet.traces.append(trace | {"xaxis": x, "yaxis": y})
+    return sheet.figure(title, gaps=True)
 
 
 def plot_sources(
@@ -189,31 +202,32 @@ def plot_sources(
         at: Draw only heads at this role.
         title: Title; None for task and model.
     """
-    import plotly.graph_objects as go
-
     heads = [h for h in report.found if h.sources and at in (None, h.site.role)]
     if title is None:
         title = f"Effect by source role, {report.settings.get('task')}"
     if not heads:
-        return _finish(_message("No head was found."), title)
+        return _message("No head was found.", title)
     roles = list(dict.fromkeys(role for head in heads for role in head.sources))
     roles = [r for r in roles if r != "all"] + ["all"] * ("all" in roles)
     values = [[_number(head.sources.get(role)) for role in roles] for head in heads]
     limit = max(abs(v) for row in values for v in row if v is not None)
-    figure = go.Figure(
-        go.Heatmap(
-            z=values,
-            x=[_text(role) for role in roles],
-            y=[f"{_name(h)} {h.label}" for h in heads],
-            text=[["" if v is None else f"{v:.2f}" for v in row] for row in values],
-            texttemplate="%{text}",
-            hovertemplate="%{y} from %{x}: %{z:+.3f}<extra></extra>",
-            **_colors(limit, "share of total"),
-        )
-    )
-    figure.update_yaxes(autorange="reversed", automargin=True)
-    figure.update_xaxes(title="source role", automargin=True)
-    return _finish(figure.update_layout(height=150 + 32 * len(heads)), title)
+    sheet = _Sheet(1, 1, 40 + 32 * len(heads))
+    trace = {
+        "type": "heatmap",
+        "z": values,
+        "x": [_text(role) for role in roles],
+        "y": [f"{_name(h)} {h.label}" for h in heads],
+        "text": [["" if v is None else f"{v:.2f}" for v in row] for row in values],
+        "texttemplate": "%{text}",
+        "hovertemplate": "%{y} from %{x}: %{z:+.3f}<extra></extra>",
+        **_colors(limit, "share of total"),
+    }
+    sheet.traces.append(trace)
+    sheet.panel(
+        0, 0, "", {"title": {"text": "source role"}, "showgrid": False},
+        {"autorange": "reversed", "showgrid": False},
+    )  # fmt: skip
+    return sheet.figure(title, gaps=True)
 
 
 def plot_joint(report: HeadReport, *, title: str | None = None) -> go.Figure:
@@ -223,58 +237,58 @@ def plot_joint(report: HeadReport, *, title: str | None = None) -> go.Figure:
         report: From `find_heads`.
         title: Title; None for task and model.
     """
-    import plotly.graph_objects as go
-
     if title is None:
         title = f"Joint effects and controls, {report.settings.get('task')}"
     found = [j for j in report.joint if j.label in LETTERS]
     if not found:
-        return _finish(_message("No writers or readers were found."), title)
-    rows = {_joint_name(j.label, j.n_heads, j.effect): j for j in found}
+        return _message("No writers or readers were found.", title)
     whole = {
-        (j.label.removeprefix("all heads at "), j.effect.corruption, j.effect.direction): j
+        (j.label, j.effect.corruption, j.effect.direction): j.effect
         for j in report.joint
         if j not in found
     }
-    figure = go.Figure()
-    for i, (name, j) in enumerate(rows.items()):
+    sheet = _Sheet(1, 1, 50 + 46 * len(found), legend=True)
+    listed: set[str] = set()
+
+    def add(name: str, row: str, x: list[float], **look: Any) -> None:
+        sheet.traces.append(
+            {
+                "type": "scatter", "x": [_number(v) for v in x], "y": [row] * len(x), "name": name,
+                "legendgroup": name, "showlegend": name not in listed, **look,
+            }
+        )  # fmt: skip
+        listed.add(name)
+
+    for j in found:
+        row = _joint_name(j.label, j.n_heads, j.effect)
         if j.control:
             low, high = min(j.control), max(j.control)
-            figure.add_trace(
-                go.Scatter(
-                    x=[_number(low), _number(high)], y=[name, name], mode="lines+markers",
-                    line={"color": "#999999", "width": 6}, marker={"size": 8, "symbol": "line-ns"},
-                    name="range of control sets", legendgroup="control",
-                    showlegend=not any(t.legendgroup == "control" for t in figure.data),
-                    hovertemplate=f"{len(j.control)} control sets: {low:+.3f} to {high:+.3f}"
-                    "<extra></extra>",
-                )
+            add(
+                "range of control sets", row, [low, high], mode="lines+markers",
+                line={"color": "#888888", "width": 6},
+                marker={"symbol": "line-ns", "size": 16, "line": {"color": "#888888", "width": 4}},
+                hovertemplate=f"{len(j.control)} control sets: {low:+.3f} to {high:+.3f}"
+                "<extra></extra>",
             )  # fmt: skip
         role = "answer" if j.label == "writer" else "query_is"
-        every = whole.get((role, j.effect.corruption, j.effect.direction))
-        for effect, label, color, symbol in (
-            (every and every.effect, "all heads at the role", COLORS[5], "circle-open"),
-            (j.effect, "found heads", COLORS[0], "diamond"),
+        every = whole.get((f"all heads at {role}", j.effect.corruption, j.effect.direction))
+        for effect, label, color, symbol, size in (
+            (every, "all heads at the role", COLORS[5], "circle-open", 17),
+            (j.effect, "found heads", COLORS[0], "diamond", 10),
         ):
             if effect:
-                figure.add_trace(
-                    go.Scatter(
-                        x=[_number(effect.recovered)], y=[name], mode="markers", name=label,
-                        legendgroup=label, showlegend=i == 0,
-                        marker={"color": color, "symbol": symbol, "size": 11, "line": {"width": 2}},
-                        error_x=_errors(
-                            *([_number(v)] for v in (effect.recovered, effect.lo, effect.hi))
-                        ),
-                        hovertemplate=f"{label}: {effect.recovered:+.3f} "
-                        f"[{effect.lo:+.3f}, {effect.hi:+.3f}]<extra></extra>",
-                    )
+                ends = ([_number(v)] for v in (effect.recovered, effect.lo, effect.hi))
+                add(
+                    label, row, [effect.recovered], mode="markers", error_x=_errors(*ends),
+                    marker={"color": color, "symbol": symbol, "size": size, "line": {"width": 2}},
+                    hovertemplate=f"{label}: {effect.recovered:+.3f} "
+                    f"[{effect.lo:+.3f}, {effect.hi:+.3f}]<extra></extra>",
                 )  # fmt: skip
-    figure.update_xaxes(title="share of total recovered", zeroline=True, showgrid=True)
-    figure.update_yaxes(autorange="reversed", automargin=True, type="category")
-    figure.update_layout(
-        height=150 + 46 * len(rows), legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"}
-    )
-    return _finish(figure, title)
+    sheet.panel(
+        0, 0, "", {"title": {"text": "share of total recovered"}, "zeroline": True},
+        {"autorange": "reversed", "type": "category"},
+    )  # fmt: skip
+    return sheet.figure(title)
 
 
 def fragment(figure: go.Figure, name: str) -> str:
@@ -320,7 +334,7 @@ def check_id(name: str) -> None:
 
 
 def script_json(value: Any) -> str:
-    r"""Write plain values for a script element: ``<``, ``>`` and ``&`` become ``\u003c`` and so on."""
+    r"""Write plain values for a script element: ``<`` becomes ``\u003c``, and so ``>`` and ``&``."""
     text = json.dumps(value, sort_keys=True, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
@@ -339,27 +353,22 @@ def _inline(script: str) -> str:
 
 def _planes(
     table: xr.Dataset, plane: tuple[str, str], unit: str, marked: xr.DataArray | None
-) -> go.Figure:
+) -> _Sheet:
     """Draw a heatmap, or one for each value of the axis that is left."""
-    import plotly.graph_objects as go
-    from plotly.subplots import make_subplots
-
     rest = [str(d) for d in table["value"].dims if d not in plane]
     panels = [{rest[0]: v} for v in table[rest[0]].values] if rest else [{}]
-    titles = [_text(f"{rest[0]} {next(iter(p.values()))}") for p in panels] if rest else None
-    if len(panels) == 1:
-        titles = None
-    figure = make_subplots(rows=1, cols=len(panels), subplot_titles=titles)
-    limit = float(abs(table["value"]).max())
+    sheet = _Sheet(1, len(panels), _plane_height(table.sizes[plane[0]]))
+    limit = _limit([table])
     for i, panel in enumerate(panels):
         part = table.sel(panel).transpose(*plane)
         text = None
         if marked is not None:
             text = np.where(marked.sel(panel).transpose(*plane).values, "•", "")
+        name = f"{rest[0]} {panel[rest[0]]}" if len(panels) > 1 else ""
+        x, y = sheet.panel(0, i, name, *_plane_axes(part, plane))
         trace = _heatmap(part, plane, unit, text, limit, scale=i == len(panels) - 1)
-        figure.add_trace(go.Heatmap(trace), row=1, col=i + 1)
-        _plane_axes(figure, part, plane, 1, i + 1)
-    return figure.update_layout(height=140 + _plane_height(table.sizes[plane[0]]))
+        sheet.traces.append(trace | {"xaxis": x, "yaxis": y})
+    return sheet
 
 
 def _heatmap(
@@ -374,6 +383,7 @@ def _heatmap(
     rows, cols = plane
     point = "L%{y}H%{x}" if plane == ("layer", "head") else "%{y} → %{x}"
     trace: dict[str, Any] = {
+        "type": "heatmap",
         "z": _numbers(table["value"].values),
         "x": [_label(v) for v in table[cols].values],
         "y": [_label(v) for v in table[rows].values],
@@ -390,97 +400,77 @@ def _heatmap(
     return trace
 
 
-def _plane_axes(
-    figure: go.Figure, table: xr.Dataset, plane: tuple[str, str], row: int, col: int
-) -> None:
-    numbers = plane == ("layer", "head")
-    for update, dim, backwards in (
-        (figure.update_xaxes, plane[1], False),
-        (figure.update_yaxes, plane[0], True),
-    ):
-        ticks = {"tickmode": "linear", "tick0": 0, "dtick": math.ceil(table.sizes[dim] / 14)}
-        update(
-            title=_AXES.get(dim, dim), row=row, col=col, automargin=True, showgrid=False,
-            zeroline=False, **(ticks if numbers else {"type": "category"}),
-            **({"autorange": "reversed"} if backwards else {}),
-        )  # fmt: skip
+def _plane_axes(table: xr.Dataset, plane: tuple[str, str]) -> tuple[dict, dict]:
+    """Make the x and the y axis of a heatmap."""
+    out = []
+    for dim in (plane[1], plane[0]):
+        axis: dict[str, Any] = {"title": {"text": _AXES.get(dim, dim)}, "showgrid": False}
+        if plane == ("layer", "head"):
+            axis |= {"tickmode": "linear", "tick0": 0, "dtick": math.ceil(table.sizes[dim] / 14)}
+        else:
+            axis["type"] = "category"
+        out.append(axis)
+    return out[0], out[1] | {"autorange": "reversed"}
 
 
-def _outline(figure: go.Figure, head: FoundHead, here: bool, row: int, col: int) -> None:
-    layer, index = head.site.at
-    figure.add_shape(
-        type="rect", x0=index - 0.5, x1=index + 0.5, y0=layer - 0.5, y1=layer + 0.5, row=row,
-        col=col, line={"color": "#000000", "width": 2, "dash": "solid" if here else "dot"},
-    )  # fmt: skip
-
-
-def _lines(table: xr.Dataset, unit: str, top: int) -> go.Figure:
+def _lines(table: xr.Dataset, unit: str, top: int) -> _Sheet:
     """Draw effects along demonstrations or layers, one line for each of the strongest series."""
-    import plotly.graph_objects as go
-
     along = "demo" if "demo" in table.dims else "layer"
-    rest = [str(d) for d in table["value"].dims if d != along]
-    series = _series(table, rest)
+    series = _series(table, [str(d) for d in table["value"].dims if d != along])
     series.sort(key=lambda pair: -float(abs(pair[1]["value"]).max()))
-    figure = go.Figure()
+    sheet = _Sheet(1, 1, 260, legend=True)
     for i, (name, part) in enumerate(series[:top]):
         value, lo, hi = (_numbers(part[k].values) for k in ("value", "lo", "hi"))
         look = i % len(COLORS)
-        figure.add_trace(
-            go.Scatter(
-                x=[_label(v) for v in part[along].values], y=value, name=name,
-                mode="lines+markers", error_y=_errors(value, lo, hi), showlegend=bool(name),
-                line={"color": COLORS[look], "dash": DASHES[look]},
-                marker={"symbol": SYMBOLS[look], "size": 8},
-                customdata=[list(ends) for ends in zip(lo, hi, strict=True)],
-                hovertemplate=f"{name} {along} %{{x}}: %{{y:+.4g}} [%{{customdata[0]:+.4g}}, "
+        sheet.traces.append(
+            {
+                "type": "scatter", "mode": "lines+markers",
+                "x": [_label(v) for v in part[along].values], "y": value, "name": name,
+                "error_y": _errors(value, lo, hi), "showlegend": bool(name),
+                "line": {"color": COLORS[look], "dash": DASHES[look]},
+                "marker": {"symbol": SYMBOLS[look], "size": 8},
+                "customdata": [list(ends) for ends in zip(lo, hi, strict=True)],
+                "hovertemplate": f"{name} {along} %{{x}}: %{{y:+.4g}} [%{{customdata[0]:+.4g}}, "
                 "%{customdata[1]:+.4g}]<extra></extra>",
-            )
+            }
         )  # fmt: skip
-    figure.update_xaxes(
-        title="layer" if along == "layer" else _AXES[along], tickmode="linear", tick0=0,
-        dtick=math.ceil(table.sizes[along] / 14),
+    ticks = {"tickmode": "linear", "tick0": 0, "dtick": math.ceil(table.sizes[along] / 14)}
+    name = "layer" if along == "layer" else _AXES[along]
+    sheet.panel(
+        0, 0, "", {"title": {"text": name}} | ticks,
+        {"title": {"text": _text(unit)}, "zeroline": True},
     )  # fmt: skip
-    figure.update_yaxes(title=_text(unit), zeroline=True, showgrid=True, automargin=True)
-    return figure.update_layout(
-        height=360, legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"}
-    )
+    return sheet
 
 
-def _bars(table: xr.Dataset, unit: str, top: int) -> go.Figure:
+def _bars(table: xr.Dataset, unit: str, top: int) -> _Sheet:
     """Draw bars along role (else site, else part), coloured by part, a panel for each site."""
-    import plotly.graph_objects as go
-    from plotly.subplots import make_subplots
-
     dims = [str(d) for d in table["value"].dims]
     along = next(d for d in ("role", "site", "part") if d in dims)
-    color = next((d for d in ("part",) if d in dims and d != along), None)
-    rest = [d for d in dims if d not in (along, color)]
-    panels = _series(table, rest)
+    color = ["part"] if "part" in dims and along != "part" else []
+    panels = _series(table, [d for d in dims if d not in (along, *color)])
     panels.sort(key=lambda pair: -float(abs(pair[1]["value"]).max()))
     panels = panels[:top]
-    figure = make_subplots(
-        rows=len(panels), cols=1, subplot_titles=[name for name, _ in panels] if rest else None,
-        vertical_spacing=0.25 / len(panels), shared_yaxes="all",
-    )  # fmt: skip
-    for row, (_, panel) in enumerate(panels, 1):
-        for i, (name, part) in enumerate(_series(panel, [color] if color else [])):
+    sheet = _Sheet(len(panels), 1, 160, legend=bool(color))
+    for row, (title, panel) in enumerate(panels):
+        x, y = sheet.panel(
+            row, 0, title, {"type": "category"},
+            {"title": {"text": _text(unit)}, "zeroline": True, **({"matches": "y"} if row else {})},
+        )  # fmt: skip
+        for i, (name, part) in enumerate(_series(panel, color)):
             value, lo, hi = (_numbers(part[k].values) for k in ("value", "lo", "hi"))
-            figure.add_trace(
-                go.Bar(
-                    x=[_label(v) for v in part[along].values], y=value, name=name,
-                    marker={"color": COLORS[i % len(COLORS)]}, legendgroup=name,
-                    error_y=_errors(value, lo, hi), showlegend=bool(name) and row == 1,
-                    customdata=[list(ends) for ends in zip(lo, hi, strict=True)],
-                    hovertemplate=f"%{{x}} {name}: %{{y:+.4g}} [%{{customdata[0]:+.4g}}, "
+            sheet.traces.append(
+                {
+                    "type": "bar", "xaxis": x, "yaxis": y,
+                    "x": [_label(v) for v in part[along].values], "y": value, "name": name,
+                    "marker": {"color": COLORS[i % len(COLORS)]}, "legendgroup": name,
+                    "error_y": _errors(value, lo, hi), "showlegend": bool(name) and row == 0,
+                    "customdata": [list(ends) for ends in zip(lo, hi, strict=True)],
+                    "hovertemplate": f"%{{x}} {name}: %{{y:+.4g}} [%{{customdata[0]:+.4g}}, "
                     "%{customdata[1]:+.4g}]<extra></extra>",
-                ),
-                row=row, col=1,
+                }
             )  # fmt: skip
-    figure.update_xaxes(automargin=True, type="category")
-    figure.update_yaxes(title=_text(unit), zeroline=True, showgrid=True, automargin=True)
-    legend = {"orientation": "h", "y": 1.02, "yanchor": "bottom"} if color and not rest else {}
-    return figure.update_layout(height=130 + 230 * len(panels), barmode="group", legend=legend)
+    return sheet
 
 
 def _series(table: xr.Dataset, dims: Sequence[str]) -> list[tuple[str, xr.Dataset]]:
@@ -499,30 +489,86 @@ def _series(table: xr.Dataset, dims: Sequence[str]) -> list[tuple[str, xr.Datase
 # ------------------------------------------------------------------------------------- small parts
 
 
-def _finish(figure: go.Figure, title: str) -> go.Figure:
-    """Give every figure one look, and no button that sends data away."""
-    figure.update_xaxes(showline=True, linecolor="#888", gridcolor="#ddd", zerolinecolor="#888")
-    figure.update_yaxes(showline=True, linecolor="#888", gridcolor="#ddd", zerolinecolor="#888")
-    heading = "<br>".join(textwrap.wrap(_text(title), 72))
-    return figure.update_layout(
-        template="none",
-        autosize=True,
-        title={"text": heading, "font": {"size": 14}} if title else None,
-        font={"family": "system-ui, sans-serif", "size": 12, "color": "#222"},
-        margin={"l": 60, "r": 20, "t": 70 if title else 40, "b": 50},
-        modebar={"remove": ["sendChartToCloud", "select2d", "lasso2d"]},
-        paper_bgcolor="rgba(255,255,255,0)",
-        plot_bgcolor="rgba(255,255,255,0)",
-        hoverlabel={"namelength": -1},
+class _Sheet:
+    """A grid of panels under one look; plain values, which plotly checks once at the end."""
+
+    def __init__(self, rows: int, cols: int, height: int, *, legend: bool = False) -> None:
+        self.rows, self.cols, self.height, self.legend = rows, cols, height, legend
+        self.traces: list[dict] = []
+        self.shapes: list[dict] = []
+        self.axes: dict[str, dict] = {}
+        self.titles: list[dict] = []
+
+    def panel(self, row: int, col: int, title: str, x: dict, y: dict) -> tuple[str, str]:
+        """Add a panel, row 0 at the top; returns the names of its axes."""
+        number = row * self.cols + col + 1
+        suffix = "" if number == 1 else str(number)
+        between = 0.14
+        width = (1 - between * (self.cols - 1)) / self.cols
+        step = self.height + _BETWEEN
+        whole = self.rows * step - _BETWEEN
+        top = 1 - row * step / whole
+        domains = (
+            [col * (width + between), col * (width + between) + width],
+            [max(0.0, top - self.height / whole), top],
+        )
+        for letter, axis, domain, other in (("x", x, domains[0], "y"), ("y", y, domains[1], "x")):
+            look = {
+                "domain": [round(v, 6) for v in domain], "anchor": other + suffix,
+                "automargin": True, "showline": True, "linecolor": "#888", "ticks": "outside",
+                "gridcolor": "#ddd", "zeroline": False, "zerolinecolor": "#888", "showgrid": True,
+            }  # fmt: skip
+            self.axes[f"{letter}axis{suffix}"] = look | axis
+        if title:
+            self.titles.append(
+                {
+                    "text": _text(title), "showarrow": False, "xref": "paper", "yref": "paper",
+                    "x": round(domains[0][0], 6), "y": round(top, 6), "xanchor": "left",
+                    "yanchor": "bottom", "font": {"size": 13},
+                }
+            )  # fmt: skip
+        return f"x{suffix}", f"y{suffix}"
+
+    def figure(self, title: str, *, gaps: bool = False) -> go.Figure:
+        """Make the figure: no fixed width, and no button that sends data away."""
+        import plotly.graph_objects as go
+
+        heading = textwrap.wrap(_text(title), 72)
+        top = 14 + 20 * len(heading) + 34 * self.legend + 24 * bool(self.titles)
+        layout = {
+            "template": "none",
+            "autosize": True,
+            "height": top + 60 + self.rows * (self.height + _BETWEEN) - _BETWEEN,
+            "margin": {"l": 60, "r": 20, "t": top, "b": 60},
+            "title": {
+                "text": "<br>".join(heading), "font": {"size": 14}, "x": 0.01, "y": 0.99,
+                "yref": "container", "yanchor": "top",
+            },
+            "font": {"family": "system-ui, sans-serif", "size": 12, "color": "#222"},
+            "legend": {"orientation": "h", "y": 1.01, "yanchor": "bottom", "x": 0},
+            "modebar": {"remove": ["sendChartToCloud", "select2d", "lasso2d"]},
+            "paper_bgcolor": "rgba(255,255,255,0)",
+            "plot_bgcolor": "#b8bdc4" if gaps else "rgba(255,255,255,0)",
+            "hoverlabel": {"namelength": -1},
+            "barmode": "group",
+            "shapes": self.shapes,
+            "annotations": self.titles,
+            **self.axes,
+        }  # fmt: skip
+        return go.Figure({"data": self.traces, "layout": layout})
+
+
+def _message(text: str, title: str) -> go.Figure:
+    sheet = _Sheet(1, 1, 60)
+    sheet.panel(0, 0, "", {"visible": False}, {"visible": False})
+    sheet.titles.append(
+        {"text": text, "showarrow": False, "x": 0.5, "y": 0.5, "xref": "paper", "yref": "paper"}
     )
+    return sheet.figure(title)
 
 
-def _message(text: str) -> go.Figure:
-    import plotly.graph_objects as go
-
-    figure = go.Figure().update_layout(height=140)
-    figure.update_xaxes(visible=False).update_yaxes(visible=False)
-    return figure.add_annotation(text=text, showarrow=False, x=0.5, y=0.5, xref="paper", yref="paper")
+def _limit(tables: Iterable[xr.Dataset]) -> float:
+    return max((float(abs(table["value"]).max()) for table in tables), default=0.0)
 
 
 def _colors(limit: float, unit: str) -> dict[str, Any]:

@@ -39,8 +39,8 @@ CORRUPTIONS = {
     "relation's answer to the same query",
     "random_answers": "answers drawn at random from the task's answers (two labels: from the two); "
     "foil: another demonstration's answer, or the other label",
-    "labels": "the two labels exchanged everywhere, so that the right answer flips; foil: the other "
-    "label",
+    "labels": "the two labels exchanged everywhere, so that the right answer flips; foil: the "
+    "other label",
     "answers": "the answers change places among the demonstrations (two labels: half of each class "
     "gets the other label); foil: what the corrupted demonstrations suggest for the query, else "
     "another demonstration's answer",
@@ -199,7 +199,9 @@ def _summary(report: HeadReport) -> list[str]:
     ]
     clean = report.accuracy.get("clean", {})
     if "accuracy" in clean:
-        out[0] = out[0][:-1] + f", and answered {clean['accuracy']:.0%} of the test prompts rightly."
+        out[0] = (
+            out[0][:-1] + f", and answered {clean['accuracy']:.0%} of the test prompts rightly."
+        )
     if not report.found:
         return [
             *out,
@@ -240,9 +242,11 @@ def _summary(report: HeadReport) -> list[str]:
     asked = [h for h in report.writers if h.local_vector is not None]
     if asked:
         n = sum(bool(h.local_vector) for h in asked)
+        whose = f"{n} of {len(asked)} writers"
+        if len(asked) == 1:
+            whose = "The writer" if n else "No writer"
         out.append(
-            f"{n} of {len(asked)} writers reached a found reader by a direct path, and so wrote a "
-            "local task vector that is read."
+            f"{whose} reached a found reader by a direct path: a local task vector that is read."
         )
     return out
 
@@ -298,14 +302,14 @@ def _row(head: FoundHead) -> dict[str, Any]:
 
 
 def _maps(report: HeadReport, figures: _Figures) -> list[dict[str, Any]]:
+    tables = plots.head_tables(report)
+    limit = max((float(abs(table["value"]).max()) for table in tables.values()), default=0.0)
     out = []
-    for key, scores in report.scores.items():
-        kind, way, at = key.split("/")
-        if scores.total_is_clear():
-            figure = plots.plot_heads(report, corruption=kind, direction=way, at=at, title="")
-            figure.update_layout(margin={"t": 10})
-            what = "Written at answer" if at == "answer" else "Read at query_is"
-            out.append({"title": f"{what}: {kind}, {way}", "figure": figures.add(figure)})
+    for (kind, way, at), table in tables.items():
+        figure = plots.draw_heads(report, {(kind, way, at): table}, limit, "")
+        figure.update_traces(showscale=True)
+        what = "Written at answer" if at == "answer" else "Read at query_is"
+        out.append({"title": f"{what}: {kind}, {way}", "figure": figures.add(figure)})
     return out
 
 
@@ -325,7 +329,7 @@ def _paths(report: HeadReport, figures: _Figures) -> dict[str, Any] | None:
     flat = table.to_dataframe().reset_index()
     return {
         "figure": figures.add(plots.plot_scores(report.paths, title="")),
-        "about": plots.describe(report.paths),
+        "about": _about(report.paths),
         "rows": flat.to_dict("records"),
     }
 
@@ -339,9 +343,13 @@ def _demos(report: HeadReport, figures: _Figures) -> dict[str, Any] | None:
         return None
     return {
         "figure": figures.add(plots.plot_scores(scores, title="", top=N_HEADS)),
-        "about": plots.describe(scores),
+        "about": _about(scores),
         "n": scores.data.sizes["prompt"],
     }
+
+
+def _about(scores: Scores) -> str:
+    return f"corruption {scores.attrs['corruption']}, {scores.attrs['direction']}"
 
 
 def _attention(report: HeadReport) -> dict[str, Any] | None:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..errors import TvInterpError
-from .plots import _finish, _inline, check_id, fragment, plotly_script, read_asset, script_json
+from .plots import _inline, _Sheet, check_id, fragment, plotly_script, read_asset, script_json
 
 MAX_CELLS = 45_000
 """Heads x tokens^2 above which circuitsvis takes more than some ten seconds to draw."""
@@ -161,7 +161,11 @@ def _view(figure: Any, name: str | None) -> View:
     name = _name(name, data)
     call = f"CircuitsVis.render({script_json(name)},CircuitsVis.{component},{data})"
     return View(
-        f'<div id="{name}" class="tv-view">This figure needs JavaScript.</div>\n'
+        # the enlarged head would else be as small as its labels leave it
+        f'<style>#{name} div[style*="min("]{{width:100% !important;max-width:640px !important}}'
+        "</style>\n"
+        f'<div id="{name}" class="tv-view" style="max-width:760px">This figure needs JavaScript.'
+        "</div>\n"
         "<script>(function(){var n=0;(function go(){"
         f"if(globalThis.CircuitsVis){{{call}}}else if(n++<100){{setTimeout(go,100)}}"
         "})()})();</script>\n",
@@ -173,25 +177,30 @@ def _view(figure: Any, name: str | None) -> View:
 def _attention_heatmap(
     values: np.ndarray, labels: Sequence[str], names: Sequence[str], name: str | None
 ) -> View:
-    import plotly.graph_objects as go
-
     positions = list(range(len(labels)))
-    shown = [html.escape(label, quote=False) for label in labels]
-    figure = go.Figure()
-    for i, pattern in enumerate(values):
-        future = np.triu(np.ones_like(pattern, dtype=bool), 1)
-        rounded = np.where(future, np.nan, np.round(pattern, 3))
-        figure.add_trace(
-            go.Heatmap(
-                z=[[None if np.isnan(v) else round(float(v), 3) for v in row] for row in rounded],
-                colorscale="Blues", zmin=0, zmax=1, visible=i == 0, colorbar={"thickness": 12},
-                hovertemplate="from %{y} to %{x}: %{z:.3f}<extra></extra>",
-            )
-        )  # fmt: skip
     step = -(-len(positions) // 40)
-    ticks = {"tickvals": positions[::step], "ticktext": shown[::step], "automargin": True}
-    figure.update_xaxes(title="source", **ticks)
-    figure.update_yaxes(title="destination", autorange="reversed", **ticks)
+    ticks = {
+        "tickvals": positions[::step],
+        "ticktext": [html.escape(label, quote=False) for label in labels[::step]],
+        "showgrid": False,
+    }
+    sheet = _Sheet(1, 1, 540)
+    sheet.panel(
+        0, 0, "", {"title": {"text": "source"}} | ticks,
+        {"title": {"text": "destination"}, "autorange": "reversed"} | ticks,
+    )  # fmt: skip
+    for i, pattern in enumerate(values):
+        rows = [
+            [round(float(v), 3) if src <= dest else None for src, v in enumerate(row)]
+            for dest, row in enumerate(pattern)
+        ]
+        sheet.traces.append(
+            {
+                "type": "heatmap", "z": rows, "colorscale": "Blues", "reversescale": False,
+                "zmin": 0, "zmax": 1, "visible": i == 0, "colorbar": {"thickness": 12},
+                "hovertemplate": "from %{y} to %{x}: %{z:.3f}<extra></extra>",
+            }
+        )  # fmt: skip
     buttons = [
         {
             "label": html.escape(str(each), quote=False),
@@ -200,10 +209,11 @@ def _attention_heatmap(
         }
         for i, each in enumerate(names)
     ]
-    menu = {"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"}
-    figure.update_layout(height=640, updatemenus=[menu])
-    _finish(figure, "")
-    figure.update_layout(margin={"t": 60})
+    figure = sheet.figure("")
+    figure.layout.margin.t = 60
+    figure.layout.updatemenus = [
+        {"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"}
+    ]
     name = _name(name, figure.to_json(engine="json"))
     return View(fragment(figure, name), "plotly", name)
 

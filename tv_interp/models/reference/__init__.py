@@ -1,0 +1,1 @@
+"""The embedded models: training script, weights, card."""

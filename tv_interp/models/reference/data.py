@@ -14,7 +14,7 @@ import numpy as np
 from ...prompts.tasks.bijection import BIJECTIVE
 from ...prompts.tasks.categorization import Categorization, categorization_tasks
 from ...prompts.tasks.knowledge import SHARED, relations
-from ...prompts.tasks.words import LETTERS, held_out_label_words, label_words
+from ...prompts.tasks.words import held_out_label_words, label_words
 from .vocabulary import BOS, CONNECTIVE, PAD, word_ids
 
 Item = tuple[list[int], int]
@@ -80,9 +80,7 @@ class Sequences:
             n_keys = int(rng.integers(2, 3 + most // 3))
             drawn = rng.permutation(len(self.keys))[:n_keys]
             values = rng.permutation(len(self.labels))[:n_keys]
-            pairs = [
-                ([self.keys[k]], self.labels[v]) for k, v in zip(drawn, values, strict=True)
-            ]
+            pairs = [([self.keys[k]], self.labels[v]) for k, v in zip(drawn, values, strict=True)]
             return [pairs[i] for i in rng.integers(n_keys, size=most)]
         if family == "bijection":
             pairs = self.bijections[rng.integers(len(self.bijections))]
@@ -138,6 +136,3 @@ def _seen_inputs(task: Categorization):
         return [pool[i] for i in order], [pool_ids[i] for i in order]
 
     return points
-
-
-assert len(LETTERS) == 26

@@ -120,6 +120,9 @@ class Network(nn.Module):
         d_head = shape.width // shape.heads
         freq = shape.theta ** (-torch.arange(0, d_head, 2) / d_head)
         angle = torch.arange(shape.context)[:, None] * torch.cat([freq, freq])
+        self.cos: Tensor
+        self.sin: Tensor
+        self.mask: Tensor
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
         mask = torch.full((shape.context, shape.context), -1e9).triu(1)
@@ -135,7 +138,7 @@ class Network(nn.Module):
         return self.norm(x)
 
     @torch.no_grad()
-    def prewire(self, heads: dict[tuple[int, int], int], sharpness: float = 8.0) -> None:
+    def prewire(self, heads: dict[str, int], sharpness: float = 8.0) -> None:
         """Start some heads as previous-token heads: an initialisation, freely trained afterwards.
 
         Every embedding gets a share of one common direction; the query of a named head reads it as
@@ -143,7 +146,7 @@ class Network(nn.Module):
         favour the token ``offset`` back.
 
         Args:
-            heads: Offset of each (layer, head).
+            heads: Offset by ``"layer.head"``.
             sharpness: Score at the offset, before other content.
         """
         d_head = self.shape.width // self.shape.heads
@@ -152,8 +155,11 @@ class Network(nn.Module):
         read = 2.0  # the common direction's size after the norm is near sqrt(width / 2)
         weight = self.frequencies.sqrt() / self.frequencies.sum().sqrt()
         size = math.sqrt(sharpness * math.sqrt(d_head)) / math.sqrt(self.shape.width) * read**0.5
-        for (layer, head), offset in heads.items():
-            attention = self.layers[layer].self_attn
+        for place, offset in heads.items():
+            layer, head = map(int, place.split("."))
+            block = self.layers[layer]
+            assert isinstance(block, Block)
+            attention = block.self_attn
             rows = slice(head * d_head, (head + 1) * d_head)
             turn = self.frequencies * offset
             query = torch.cat([weight, torch.zeros_like(weight)])

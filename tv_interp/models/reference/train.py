@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import FileError, unknown
+from ...errors import FileError, TvInterpError, unknown
 from ...prompts.tasks import get_task
 from ...prompts.tasks.knowledge import SHARED, relations
 from .data import Sequences
@@ -97,11 +97,14 @@ def train(
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise FileError(f"cannot write to {out}: {error.strerror}: name another directory") from error
+        raise FileError(
+            f"cannot write to {out}: {error.strerror}: name another directory"
+        ) from error
     identity = json.dumps({"preset": preset, "seed": seed, **asdict(recipe)}, sort_keys=True)
     shape = Shape(vocab=len(words()), layers=recipe.layers)
     network = Network(shape, seed)
-    network.prewire({tuple(map(int, k.split("."))): v for k, v in recipe.prewired.items()})
+    if recipe.prewired:
+        network.prewire(recipe.prewired)
     matrices = [p for n, p in network.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in network.named_parameters() if p.ndim == 1 or "embed" in n]
     optimizers = [
@@ -128,7 +131,9 @@ def train(
         at = step + 1
         if at % checkpoint_every == 0 or at == recipe.steps:
             if not torch.isfinite(loss):
-                raise FileError(f"training diverged at step {at}: loss {loss.item()}")
+                raise TvInterpError(
+                    f"training diverged: loss {loss.item()} at step {at}; lower the learning rates"
+                )
             accuracy = measure(network, n_demos=8, n_prompts=24, seed=at)
             curve.append({"step": at, "loss": round(loss.item(), 4), **accuracy})
             _save(directory, identity, network, optimizers, at, curve)
@@ -161,7 +166,7 @@ def _loss(run, network, sequences, recipe: Recipe, seed: int, step: int) -> Tens
 
 @torch.no_grad()
 def measure(network: Network, *, n_demos: int, n_prompts: int, seed: int) -> dict[str, float]:
-    """Measure exact top-1 accuracy at the last query, by family; held-out inputs where there are."""
+    """Measure exact top-1 accuracy at the last query, by family; queries are held out."""
     ids = word_ids()
     names = {
         "typed": [n for n in relations() if n not in SHARED],
@@ -227,7 +232,12 @@ def _save(directory, identity, network, optimizers, step, curve) -> None:
 
 
 def _finish(directory, network, recipe, preset, seed, curve) -> None:
-    provenance = {"preset": preset, "seed": seed, "recipe": asdict(recipe), "torch": torch.__version__}
+    provenance = {
+        "preset": preset,
+        "seed": seed,
+        "recipe": asdict(recipe),
+        "torch": torch.__version__,
+    }
     save_as_llama(network, directory, provenance)
     save_tokenizer(directory)
     lines = "".join(json.dumps(row) + "\n" for row in curve)
@@ -241,6 +251,6 @@ def _report(at: int, steps: int, loss: Tensor, accuracy: dict[str, float], pace:
 
 
 if __name__ == "__main__":
-    from jsonargparse import CLI
+    from jsonargparse import auto_cli
 
-    CLI(train, as_positional=False)
+    auto_cli(train, as_positional=False)

@@ -7,6 +7,7 @@ import string
 from functools import cache
 from importlib.resources import files
 
+_DATA = files("tv_interp") / "prompts" / "tasks" / "data"
 NUMBERS = tuple(str(n) for n in range(100))
 LETTERS = tuple(string.ascii_lowercase)
 DECADES = (
@@ -26,7 +27,7 @@ DECADES = (
 @cache
 def table(name: str) -> tuple[dict[str, str], ...]:
     """Read the rows of ``data/<name>.tsv``, one dict of column to word for each row."""
-    with (files(__package__) / "data" / f"{name}.tsv").open(encoding="utf-8") as file:
+    with (_DATA / f"{name}.tsv").open(encoding="utf-8") as file:
         return tuple(csv.DictReader(file, delimiter="\t"))
 
 
@@ -49,4 +50,4 @@ def held_out_label_words() -> tuple[str, ...]:
 
 @cache
 def _all_label_words() -> tuple[str, ...]:
-    return tuple((files(__package__) / "data" / "labels.txt").read_text("utf-8").split())
+    return tuple((_DATA / "labels.txt").read_text("utf-8").split())
