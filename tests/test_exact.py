@@ -226,7 +226,7 @@ def test_window_that_binds(arch, kind):
     """Sliding windows are the model's own: whole runs through its blocks stay exact."""
     model = tiny_model(arch, kind, window=5)
     contrast = a_contrast(arch, kind, "plain")
-    heads = sample(HEADS, 3)
+    heads = sample(BELOW, 3)
     scores = patch_heads(model, contrast)
     found = np.stack([scores.data.values[:, la, h] for la, h in heads], 1)
     expected = naive.patch_heads(model, contrast, [[h] for h in heads], "answer")
@@ -408,7 +408,7 @@ def test_all_heads_at_the_query_recover_all(arch, corruption):
 def test_metrics(name, direction):
     """Every metric by its formula, on the logits of plain runs."""
     model, contrast = tiny_model("llama", KINDS[0]), a_contrast("llama", KINDS[0], "plain")
-    clean_logits = [naive.run(model, naive.tokens_of(contrast.clean, i)) for i in range(3)]
+    clean_logits = [naive.run(model, naive.tokens_of(contrast.clean, i)) for i in range(2)]
 
     def formula(logits, prompts, i):
         answer, foil = int(prompts.answer[i]), int(prompts.foil[i])
@@ -448,7 +448,7 @@ def test_metrics(name, direction):
     if chance is None:
         assert cut.total is None
     else:
-        clean = [float(formula(clean_logits[i], contrast.clean, i)) for i in range(3)]
+        clean = [float(formula(clean_logits[i], contrast.clean, i)) for i in range(2)]
         np.testing.assert_allclose(cut.total, np.array(clean) - chance, atol=1e-5)
     assert scores.unit == METRICS[name].unit == cut.unit
 
@@ -461,7 +461,7 @@ def test_label_rate_knows_the_labels_of_this_prompt():
     targets = Targets.of(contrast.clean)
     read = METRICS["label_rate"].readout(targets)
     logits = torch.zeros(1, 101)
-    for i in range(3):
+    for i in range(2):
         spans = contrast.clean.spans("answer")[i]
         labels = {int(contrast.clean.tokens[i, first]) for first, _ in spans}
         labels |= {int(contrast.answer[i]), int(contrast.foil[i])}
@@ -607,9 +607,9 @@ def test_bad_arguments(kind):
         lambda: run_variants(
             model,
             contrast.clean,
-            [(Patch(Site(0, 0), torch.zeros(3, 2, 16)),)],
+            [(Patch(Site(0, 0), torch.zeros(2, 2, 16)),)],
             lambda logits, rows: logits[:, 0],
-        ): "values for .3, 2. prompts and demonstrations, the prompts have .3, 3.",
+        ): "values for .2, 2. prompts and demonstrations, the prompts have .2, 3.",
     }.items():
         with pytest.raises(TvInterpError, match=message):
             call()

@@ -97,7 +97,18 @@ def record_run(adapter: Adapter, prompts: Prompts, *, keep_z: bool = True) -> Ru
         for (_, layer), value in store.items():
             z[rows, layer, : tokens.shape[1]] = value.cpu()
     order = torch.cat([rows for rows, _ in logits]).argsort()
-    return Run(prompts, z, torch.cat([out for _, out in logits])[order])
+    ordered = torch.cat([out for _, out in logits])[order]
+    if ordered.isnan().any():
+        raise _not_finite(adapter, "logits")
+    return Run(prompts, z, ordered)
+
+
+def _not_finite(adapter: Adapter, what: str) -> ModelError:
+    """Build the error for numbers that mean nothing, with the weight at fault where there is one."""
+    named = adapter.model.named_parameters()
+    bad = next((name for name, weight in named if not weight.isfinite().all()), None)
+    cause = "load it in float32" if bad is None else f"so does its weight {bad!r}"
+    return ModelError(f"{adapter.name} gives NaN or infinite {what}: {cause}")
 
 
 def check_fits(adapter: Adapter, prompts: Prompts) -> None:
@@ -191,10 +202,7 @@ def run_variants(
     if out is None:
         return torch.empty(0, len(prompts))
     if not out.isfinite().all():
-        raise ModelError(
-            f"{adapter.name} gives NaN or infinite values under intervention: check its weights, "
-            "or load it in float32"
-        )
+        raise _not_finite(adapter, "values under intervention")
     return out
 
 

@@ -334,7 +334,7 @@ def check_id(name: str) -> None:
 
 
 def script_json(value: Any) -> str:
-    r"""Write plain values for a script element: ``<`` becomes ``\u003c``, and so ``>`` and ``&``."""
+    """Write plain values so that nothing in them can end a script element."""
     text = json.dumps(value, sort_keys=True, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
@@ -581,7 +581,7 @@ def _colors(limit: float, unit: str) -> dict[str, Any]:
 
 
 def _plane_height(rows: int) -> int:
-    return max(120, min(26 * rows, 900))
+    return max(150, min(26 * rows, 900))
 
 
 def _errors(value: Iterable, lo: Iterable, hi: Iterable) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -177,7 +178,9 @@ def save_as_llama(network: Network, directory: Path, provenance: dict) -> None:
         ("" if name.startswith("lm_head") else "model.") + name: p.detach().float().contiguous()
         for name, p in network.state_dict().items()
     }
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    partial = directory / "model.safetensors.partial"
+    save_file(tensors, partial, metadata={"format": "pt"})
+    os.replace(partial, directory / "model.safetensors")
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

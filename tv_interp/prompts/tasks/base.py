@@ -134,6 +134,7 @@ def _as_pairs(pairs: Any) -> dict[str, str]:
                 f"expected pairs of non-empty strings, got ({x!r}, {y!r}): "
                 "convert numbers with str() and drop empty rows"
             )
+        x, y = x.strip(), y.strip()  # the template says which space stands around a word
         if out.setdefault(x, y) != y:
             raise PromptError(
                 f"input {x!r} has two answers, {out[x]!r} and {y!r}: keep one answer per input"

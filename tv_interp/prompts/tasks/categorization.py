@@ -16,6 +16,7 @@ from ...errors import PromptError
 from .base import RuledSample, Sample, Task, check_size
 from .words import LETTERS, NUMBERS, label_words
 
+Queries = Literal["held_out", "seen"]
 Classifier = tuple[str, Callable[[str], bool]]
 
 
@@ -38,7 +39,7 @@ class Categorization(Task):
         classifier: Callable[[np.random.Generator], Classifier],
         *,
         labels: Sequence[str] | None = None,
-        queries: Literal["held_out", "seen"] = "held_out",
+        queries: Queries = "held_out",
     ) -> None:
         """Keep how to draw an input and a rule.
 
@@ -55,7 +56,8 @@ class Categorization(Task):
         self.held_out = held_out
         self._inputs = inputs
         self._classifier = classifier
-        self._queries = queries
+        self._queries: Queries = queries
+        self._parts = (name, inputs, held_out, classifier)
         if len(set(self.labels)) < 2:
             raise PromptError(f"expected at least 2 label words, got {self.labels}: add labels")
 
@@ -66,25 +68,11 @@ class Categorization(Task):
 
     def with_labels(self, labels: Sequence[str]) -> Categorization:
         """Make the same task with other label words."""
-        return Categorization(
-            self.name,
-            self._inputs,
-            self.held_out,
-            self._classifier,
-            labels=labels,
-            queries=self._queries,
-        )
+        return Categorization(*self._parts, labels=labels, queries=self._queries)
 
-    def with_queries(self, queries: Literal["held_out", "seen"]) -> Categorization:
+    def with_queries(self, queries: Queries) -> Categorization:
         """Make the same task with queries from held-out or from seen inputs."""
-        return Categorization(
-            self.name,
-            self._inputs,
-            self.held_out,
-            self._classifier,
-            labels=self.labels,
-            queries=queries,
-        )
+        return Categorization(*self._parts, labels=self.labels, queries=queries)
 
     def sample(self, rng: np.random.Generator, n_demos: int) -> RuledSample:
         """Draw a rule, two labels, n_demos inputs and a query; see `Task.sample`."""

@@ -1,0 +1,514 @@
+"""Figures, views and the report: what is drawn is what was measured, and nothing else happens."""
+
+from __future__ import annotations
+
+import functools
+import html
+import json
+import os
+import re
+import urllib.request
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray as xr
+from markupsafe import escape
+
+from tv_interp.analysis.find import HeadReport, find_heads
+from tv_interp.analysis.heads import patch_heads
+from tv_interp.errors import FileError, ScoreError, TvInterpError, UnknownName
+from tv_interp.models import planted
+from tv_interp.scores import Scores
+from tv_interp.show import plots, views
+from tv_interp.show.report import effects_by_demo, write_report
+
+CHROMIUM = "/usr/bin/chromium"
+EVIL = '<img/src="x"/onerror="window.pwned=1">'
+TOKENS = [
+    "<bos>",
+    "</s>",
+    EVIL,
+    "a\nb",
+    "\t",
+    " two  words",
+    "🦊",
+    "שלום",
+    "</script>",
+    "&amp;",
+    "",
+]
+MANY = 108  # tokens of 4 heads that are too many for circuitsvis
+
+
+@functools.cache
+def found() -> HeadReport:
+    case = planted.build("write_then_read")
+    return find_heads(case.model, case.task, n_demos=5, n_prompts=16, corruptions=case.corruptions)
+
+
+@functools.cache
+def nothing() -> HeadReport:
+    case = planted.build("nothing")
+    return find_heads(case.model, case.task, n_demos=3, n_prompts=8, corruptions=case.corruptions)
+
+
+class EvilTokenizer:
+    """The planted tokenizer, but its tokens read like markup."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __call__(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def decode(self, ids):
+        return TOKENS[ids[0] % len(TOKENS)]
+
+
+def evil() -> HeadReport:
+    report = found()
+    prompts = replace(
+        report.prompts,
+        tokenizer=EvilTokenizer(report.prompts.tokenizer),
+        texts=(EVIL,) * len(report.prompts),
+    )
+    settings = {**report.settings, "task": EVIL, "planted heads": [EVIL]}
+    return replace(report, prompts=prompts, settings=settings, notes=(EVIL, "</script>"))
+
+
+def scores(total: float | None = 4.0, n: int = 12, **sizes) -> Scores:
+    rng = np.random.default_rng(0)
+    shape = {d: size if isinstance(size, int) else len(size) for d, size in sizes.items()}
+    coords = {d: np.arange(s) if isinstance(s, int) else s for d, s in sizes.items()}
+    data = xr.DataArray(
+        rng.normal(0.5, 1, (n, *shape.values())), dims=("prompt", *shape), coords=coords
+    )
+    whole = None if total is None else xr.DataArray(np.full(n, total), dims=("prompt",))
+    attrs = {"task": "t<b>", "model": "m", "corruption": "task", "direction": "denoise"}
+    return Scores(data, "logits", whole, tuple(map(str, range(n))), attrs | {"at": "answer"})
+
+
+def close(ours, theirs) -> None:
+    np.testing.assert_allclose(np.array(ours, dtype=float), np.array(theirs), rtol=1e-5, atol=1e-9)
+
+
+# ------------------------------------------------------------------------------------------ plots
+
+
+@pytest.mark.parametrize("total, of", [(4.0, "recovered"), (None, "mean")])
+def test_a_heatmap_holds_the_scores_and_marks_what_is_significant(total, of):
+    s = scores(total, layer=3, head=5)
+    figure = s.plot()
+    (trace,) = figure.data
+    close(trace.z, getattr(s, of)().values)
+    ci = s.ci(of)
+    close(np.array(trace.customdata)[..., 0], ci["lo"].values)
+    close(np.array(trace.customdata)[..., 1], ci["hi"].values)
+    assert (np.array(trace.text) == "•").tolist() == s.significant().values.tolist()
+    assert trace.zmid == 0 and trace.zmax == -trace.zmin
+    assert figure.layout.yaxis.autorange == "reversed", "layer 0 at the top"
+    assert figure.layout.width is None
+    assert ("share of total" if total else "logits") in trace.hovertemplate
+    for word in ("answer", "task", "denoise", "t&lt;b&gt; on m"):
+        assert word in figure.layout.title.text
+
+
+def test_no_figure_offers_to_send_data_away():
+    assert "sendChartToCloud" in scores(layer=2, head=2).plot().layout.modebar.remove
+    assert '"showSendToCloud":false' in plots.fragment(scores(layer=2, head=2).plot(), "f")
+
+
+def test_effects_by_demonstration_are_lines_of_the_strongest_heads():
+    s = scores(layer=2, head=3, demo=4)
+    figure = s.plot(top=2)
+    assert len(figure.data) == 2
+    value = s.recovered()
+    strongest = np.argsort(-abs(value.values).max(-1).ravel())[:2]
+    for trace, flat in zip(figure.data, strongest, strict=True):
+        layer, head = divmod(int(flat), 3)
+        assert trace.name == f"L{layer}H{head}"
+        close(trace.y, value.values[layer, head])
+        close(
+            np.array(trace.y) - np.array(trace.error_y.arrayminus),
+            s.ci("recovered")["lo"].values[layer, head],
+        )
+    assert {t.line.dash for t in figure.data} == {"solid", "dash"}, "told apart without colour"
+
+
+def test_sources_are_bars_by_role_with_a_panel_for_each_head():
+    s = scores(
+        role=["x", "answer"], part=["value", "both"], site=["L0H0.z@answer", "L1H1.z@answer"]
+    )
+    figure = s.plot()
+    assert len(figure.data) == 4
+    value = s.recovered()
+    titles = [a.text for a in figure.layout.annotations]
+    assert set(titles) == set(value.site.values)
+    for i, trace in enumerate(figure.data):
+        close(trace.y, value.sel(site=titles[i // 2], part=trace.name).values)
+        assert list(trace.x) == ["x", "answer"]
+
+
+def test_paths_are_a_heatmap_with_a_panel_for_each_input():
+    s = scores(sender=["a", "b"], receiver=["c"], via=["k", "v"])
+    figure = s.plot(marked=None)
+    for i, trace in enumerate(figure.data):
+        close(trace.z, s.recovered().values[:, :, i])
+    assert [a.text for a in figure.layout.annotations] == ["via k", "via v"]
+
+
+def test_other_shapes_are_drawn_or_refused():
+    close(scores(layer=4).plot().data[0].y, scores(layer=4).recovered().values)
+    close(scores(site=["a", "b"]).plot().data[0].y, scores(site=["a", "b"]).recovered().values)
+    with pytest.raises(ScoreError, match=r"cannot draw axes .*select or average"):
+        scores(layer=2, head=2, role=["x"], part=["both"]).plot()
+    with pytest.raises(ScoreError, match="cannot draw axes none"):
+        scores().plot()
+    with pytest.raises(UnknownName, match="recovered"):
+        scores(layer=2, head=2).plot(of="recoverd")
+
+
+def test_maps_of_a_report_hold_its_scores_and_outline_its_heads():
+    report = found()
+    figure = plots.plot_heads(report)
+    assert len(figure.data) == len(report.scores) == 8
+    for trace, (key, s) in zip(figure.data, report.scores.items(), strict=True):
+        close(trace.z, s.recovered().values)
+        letters = {
+            (i, j): letter
+            for i, row in enumerate(trace.text)
+            for j, letter in enumerate(row)
+            if letter
+        }
+        at = key.split("/")[2]
+        assert letters == {
+            h.site.at: plots.LETTERS[h.label] for h in report.found if h.site.role == at
+        }
+    dashes = [shape.line.dash for shape in figure.layout.shapes]
+    assert dashes.count("dot") == 4, "writer and copier, each hidden by one corruption"
+    assert len(dashes) == 16
+    one = plots.plot_heads(report, corruption="inputs", direction="noise", at="answer")
+    assert len(one.data) == 1 and one.data[0].zmax == figure.data[0].zmax
+    with pytest.raises(UnknownName, match="inputs"):
+        plots.plot_heads(report, corruption="input")
+
+
+def test_sources_and_joint_effects_of_a_report_are_drawn_as_they_are():
+    report = found()
+    (trace,) = plots.plot_sources(report).data
+    for row, head in zip(trace.z, report.found, strict=True):
+        assert {r: v for r, v in zip(trace.x, row, strict=True) if v is not None} == pytest.approx(
+            head.sources
+        )
+    figure = plots.plot_joint(report)
+    for name, wanted in (
+        ("found heads", [j.effect.recovered for j in report.joint if j.control]),
+        ("all heads at the role", [j.effect.recovered for j in report.joint if not j.control]),
+    ):
+        close([t.x[0] for t in figure.data if t.name == name], wanted)
+    ranges = [list(t.x) for t in figure.data if t.name == "range of control sets"]
+    close(ranges, [[min(j.control), max(j.control)] for j in report.joint if j.control])
+
+
+def test_figures_of_a_report_without_heads_say_so():
+    for draw in (plots.plot_heads, plots.plot_sources, plots.plot_joint):
+        figure = draw(nothing())
+        assert not figure.data and figure.layout.annotations[0].text.startswith("No ")
+
+
+# ------------------------------------------------------------------------------------------ views
+
+
+def props(view: views.View) -> dict:
+    match = re.search(r"CircuitsVis\.render\([^,]+,CircuitsVis\.\w+,(\{.*\})\)\}else", view.html)
+    assert match is not None
+    return json.loads(match[1])
+
+
+@pytest.mark.parametrize("token", TOKENS)
+def test_tokens_are_shown_as_they_are_and_never_as_markup(token):
+    wanted = token.replace("\n", "↵").replace("\t", "⇥") or "∅"
+    on_canvas = views.attention_view(np.ones((1, 1, 1)), [token], ["1.1"])
+    assert props(on_canvas)["tokens"] == [wanted]
+    as_html = views.token_view([token], [1.0])
+    assert html.unescape(props(as_html)["tokens"][0]) == wanted
+    assert "<" not in props(as_html)["tokens"][0]
+    for view in (on_canvas, as_html):
+        assert view.html.count("<script") == view.html.count("</script") == 1
+        assert EVIL not in view.html
+
+
+def test_a_view_is_a_closed_element_with_rounded_data_and_no_bundle():
+    view = views.attention_view(np.full((2, 3, 3), 1 / 3), list("abc"), ["1.1", "2.0"])
+    assert props(view)["attention"] == np.full((2, 3, 3), 0.333).tolist()
+    assert props(view)["attentionHeadNames"] == ["1.1", "2.0"]
+    assert "/>" not in view.html and view.html.count("<div") == view.html.count("</div>") == 1
+    assert len(view.html) < 2000 and "http" not in view.html and view.needs == "circuitsvis"
+    assert view == views.attention_view(np.full((2, 3, 3), 1 / 3), list("abc"), ["1.1", "2.0"])
+
+
+def test_a_notebook_gets_the_bundle_and_nobody_is_asked(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    view = views.token_view(["a"], [1])
+    first, second = view._repr_html_(), view._repr_html_()
+    assert first.count("globalThis.CircuitsVis=CircuitsVis") == 1
+    assert first != second, "one view shown twice has two ids"
+    assert first.count("<script") == first.count("</script") == 2
+    assert "sourceMappingURL" not in first
+
+
+def test_large_patterns_become_a_heatmap_with_a_choice_of_heads():
+    rng = np.random.default_rng(0)
+    pattern = np.tril(rng.random((4, MANY, MANY)))
+    names = ["0.0", "0.1", "0.2", EVIL]
+    view = views.attention_view(pattern, [f"t{i}" for i in range(MANY)], names, name="big")
+    assert view.needs == "plotly" and EVIL not in view.html
+    match = re.search(r"Plotly\.newPlot\((.*)\);</script>", view.html)
+    _, data, layout, config = json.loads(f"[{match[1]}]")
+    for ours, trace in zip(pattern, data, strict=True):
+        shown = np.array([[0 if v is None else v for v in row] for row in trace["z"]])
+        np.testing.assert_allclose(shown, ours, atol=5.1e-4)
+    assert [b["label"] for b in layout["updatemenus"][0]["buttons"]][:3] == names[:3]
+    assert config["showSendToCloud"] is False
+    small = views.attention_view(pattern[:3], [f"t{i}" for i in range(MANY)], names[:3])
+    assert small.needs == "circuitsvis"
+
+
+def test_views_refuse_what_they_cannot_show():
+    with pytest.raises(TvInterpError, match=r"expected patterns .*\(1, 2, 2\).*got \(1, 3, 3\)"):
+        views.attention_view(np.ones((1, 3, 3)), ["a", "b"], ["h"])
+    with pytest.raises(TvInterpError, match="3 axes, got 2"):
+        views.attention_view(np.ones((3, 3)), ["a"], ["h"])
+    with pytest.raises(TvInterpError, match="not finite"):
+        views.token_view(["a"], [float("nan")])
+    with pytest.raises(TvInterpError, match="one value for each of 2 tokens"):
+        views.token_view(["a", "b"], [1.0])
+    with pytest.raises(TvInterpError, match="letters, digits and dashes"):
+        views.token_view(["a"], [1.0], name='"><script>')
+
+
+def test_another_output_of_circuitsvis_is_a_clear_error(monkeypatch):
+    import circuitsvis.tokens
+    from circuitsvis.utils.render import RenderedHTML
+
+    changed = RenderedHTML("", "<div></div><script>show({})</script>")
+    monkeypatch.setattr(circuitsvis.tokens, "colored_tokens", lambda **kwargs: changed)
+    with pytest.raises(TvInterpError, match=r"another form .*install circuitsvis 1\.43\.3"):
+        views.token_view(["a"], [1.0])
+
+
+# ----------------------------------------------------------------------------------------- report
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("reports")
+    write_report(folder / "found.html", found(), None, command=f"tv-interp {EVIL}")
+    write_report(folder / "nothing.html", nothing())
+    write_report(folder / "evil.html", evil(), scores(layer=2, head=2))
+    return {path.stem: path for path in folder.iterdir()}
+
+
+class Elements(HTMLParser):
+    """Every element of a page with its attributes; what stands in scripts is no element."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, dict[str, str]]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append((tag, dict(attrs)))
+
+
+def without_bundles(text: str) -> str:
+    return re.sub(r"<script>.{500000,}?</script>", "", text, flags=re.DOTALL)
+
+
+def cells(text: str, pattern: str) -> list[tuple[float, ...]]:
+    attributes = r'data-value="([^"]*)" data-lo="([^"]*)" data-hi="([^"]*)"'
+    return [
+        tuple(float(v) for v in match)
+        for row in re.findall(pattern, text, flags=re.DOTALL)
+        for match in re.findall(attributes, row)
+    ]
+
+
+def test_the_report_has_the_numbers_of_the_report(pages):
+    text = pages["found"].read_text("utf-8")
+    report = found().to_dict()
+    embedded = re.search(r'id="heads-json">(.*?)</script>', text, flags=re.DOTALL)
+    assert embedded is not None and json.loads(embedded[1]) == json.loads(json.dumps(report))
+    for name in ("writers", "copiers", "readers", "relays"):
+        (table,) = re.findall(
+            rf'<table class="sortable" data-group="{name}">.*?</table>', text, re.S
+        )
+        (head,) = report[name]
+        wanted = [(e["recovered"], e["lo"], e["hi"]) for e in head["effects"]]
+        assert cells(table, r"<tr data-site.*?</tr>") == wanted
+        assert f'data-site="{head["site"]}"' in table and head["verdict"] in table
+    joint = [
+        (j["effect"]["recovered"], j["effect"]["lo"], j["effect"]["hi"]) for j in report["joint"]
+    ]
+    (table,) = re.findall(r'<table class="sortable" id="joint-table">.*?</table>', text, re.S)
+    assert cells(table, "<tr>.*?</tr>") == joint
+    for value in report["accuracy"]["clean"].values():
+        assert f'data-value="{value}"' in text
+    for words in ("100% of the test prompts", "L1H1", "L0H3", "L2H1", "L3H0", "local task vector"):
+        assert words in text.split('id="summary-text"')[1].split("</p>")[0]
+
+
+@pytest.mark.parametrize("name", ["found", "nothing", "evil"])
+def test_a_report_is_one_small_file_that_names_no_place_to_load_from(pages, name):
+    text = pages[name].read_text("utf-8")
+    assert len(text.encode()) < 8_000_000
+    rest = without_bundles(text)
+    assert len(rest) < 300_000
+    page = Elements(rest)
+    assert {tag for tag, _ in page.seen}.isdisjoint({"img", "link", "iframe", "object", "base"})
+    places = [attrs[k] for _, attrs in page.seen for k in ("src", "href", "action") if k in attrs]
+    assert len(places) > 20 and all(place.startswith("#") for place in places)
+    assert not re.search(r"@import|\bfetch\(|\bimport\(|url\(|XMLHttp|https?:", rest)
+    (policy,) = [attrs["content"] for _, attrs in page.seen if "http-equiv" in attrs]
+    assert "default-src 'none'" in policy and "connect-src 'none'" in policy
+    assert EVIL not in rest
+    ids = [attrs["id"] for _, attrs in page.seen if "id" in attrs]
+    assert len(ids) == len(set(ids)) and {place[1:] for place in places} <= set(ids)
+
+
+def test_the_same_inputs_give_the_same_bytes(pages, tmp_path):
+    write_report(tmp_path / "again.html", found(), None, command=f"tv-interp {EVIL}")
+    assert (tmp_path / "again.html").read_bytes() == pages["found"].read_bytes()
+
+
+def test_a_report_without_heads_says_so(pages):
+    text = pages["nothing"].read_text("utf-8")
+    assert "No head was found" in text and text.count("None found.") == 4
+    assert all(str(escape(note)) in text for note in nothing().notes)
+    assert "CircuitsVis" not in text, "the bundle is there only where it is used"
+    assert "tv.find_heads(tv.load_model" in text
+
+
+def test_settings_that_the_report_does_not_know_are_caveats(pages):
+    notes = pages["evil"].read_text("utf-8").split('id="notes"')[1]
+    assert "planted heads" in notes and str(escape(json.dumps([EVIL]))) in notes
+
+
+def test_a_report_that_was_loaded_without_its_model_is_still_written(tmp_path):
+    write_report(tmp_path / "r.html", replace(found(), model=None))
+    text = (tmp_path / "r.html").read_text("utf-8")
+    assert "Not computed" in text and "Not shown" in text
+
+
+def test_effects_by_demonstration_are_those_of_patch_heads():
+    report = found()
+    ours = effects_by_demo(report, n_prompts=4)
+    best = report.writers[0].best
+    contrast = report.prompts.select(range(4)).corrupt(best.corruption, seed=2)
+    theirs = patch_heads(report.model, contrast, direction=best.direction, demos="each")
+    layer, head = report.writers[0].site.at
+    np.testing.assert_array_equal(ours.data.values[..., 0], theirs.data.values[:, layer, head])
+    assert effects_by_demo(nothing()) is None
+
+
+def test_write_report_refuses_what_it_cannot_show(tmp_path):
+    with pytest.raises(TvInterpError, match=r"expected a HeadReport .*got dict"):
+        write_report(tmp_path / "r.html", {})
+    with pytest.raises(TvInterpError, match="cannot show a str"):
+        write_report(tmp_path / "r.html", found(), "flow")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(FileError, match="cannot write"):
+        write_report(tmp_path / "missing" / "r.html", nothing())
+
+
+# ---------------------------------------------------------------------------------------- browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if not Path(CHROMIUM).exists():
+        if os.environ.get("TV_INTERP_REQUIRE_BROWSER") == "1":
+            pytest.fail(f"TV_INTERP_REQUIRE_BROWSER=1 and there is no {CHROMIUM}")
+        pytest.skip(f"there is no {CHROMIUM}")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+DRAWN = """() => [...document.querySelectorAll('.tv-plot')].every(plot => plot.querySelector(
+  '.heatmaplayer image, .scatterlayer .trace, .barlayer .trace'))
+  && document.querySelectorAll('#attention canvas').length >= HEADS"""
+BLANK = """() => [...document.querySelectorAll('canvas')].filter(canvas => {
+  if (!canvas.width) return false;
+  const pixels = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;
+  return !pixels.some(value => value);
+}).length"""
+WIDE = """() => [...document.querySelectorAll('body *')].filter(element =>
+  element.getBoundingClientRect().right > innerWidth + 1 && !element.closest('.scroll, .paper, svg')
+).map(element => element.outerHTML.slice(0, 80))"""
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("name, heads", [("evil", 3), ("nothing", 0)])
+def test_the_report_opens_with_the_network_off(browser, pages, tmp_path, name, heads):
+    context = browser.new_context(
+        offline=True, viewport={"width": 400, "height": 900}, color_scheme="dark"
+    )
+    context.set_default_timeout(240_000)
+    page = context.new_page()
+    said: list[str] = []
+    asked: list[str] = []
+    page.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(pages[name].as_uri())
+    for width, scheme in ((400, "dark"), (1400, "light"), (400, "light"), (1400, "dark")):
+        page.emulate_media(color_scheme=scheme)
+        page.set_viewport_size({"width": width, "height": 900})
+        page.wait_for_timeout(500)
+        page.wait_for_function(DRAWN.replace("HEADS", str(heads)))
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.evaluate(WIDE) == []
+        assert page.evaluate(BLANK) == 0
+        page.screenshot(path=tmp_path / f"{name}-{width}-{scheme}.png", full_page=True)
+        dark = page.evaluate("getComputedStyle(document.documentElement).backgroundColor")
+        assert (dark == "rgb(255, 255, 255)") == (scheme == "light")
+    assert page.evaluate("window.pwned") is None
+    assert page.evaluate("document.querySelectorAll('img').length") == 0
+    assert page.locator(".modebar-btn[data-title*=Share]").count() == 0
+    if heads:
+        shown = page.locator(".tokens").first.inner_text()
+        assert EVIL in shown and "</s>" in shown and "שלום" in shown
+        assert EVIL in page.locator("#look-0").inner_text().replace("\xa0", " ")
+        button = page.locator("[data-group=writers] th button").nth(2)
+        order = "[...document.querySelectorAll('[data-group=writers] tbody td.w:nth-child(2)')]"
+        before = page.evaluate(order + ".map(cell => cell.textContent)")
+        button.click()
+        assert page.evaluate(order + ".map(cell => cell.textContent)") == before[::-1]
+    assert said == []
+    assert asked == [pages[name].as_uri()]
+    context.close()
+
+
+@pytest.mark.browser
+def test_a_figure_shown_by_plotly_itself_has_no_share_button(browser, tmp_path):
+    scores(layer=2, head=2).plot().write_html(tmp_path / "figure.html")
+    page = browser.new_page()
+    page.set_default_timeout(240_000)
+    page.goto((tmp_path / "figure.html").as_uri())
+    page.wait_for_selector(".modebar-btn", state="attached")
+    assert page.locator(".modebar-btn[data-title*=Download]").count() == 1
+    assert page.locator(".modebar-btn[data-title*=Share]").count() == 0
+    page.close()
