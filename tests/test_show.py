@@ -67,7 +67,7 @@ class EvilTokenizer:
     def __getattr__(self, name):
         return getattr(self.inner, name)
 
-    def decode(self, ids):
+    def decode(self, ids, **kwargs):
         return TOKENS[ids[0] % len(TOKENS)]
 
 
@@ -134,10 +134,8 @@ def test_effects_by_demonstration_are_lines_of_the_strongest_heads():
         layer, head = divmod(int(flat), 3)
         assert trace.name == f"L{layer}H{head}"
         close(trace.y, value.values[layer, head])
-        close(
-            np.array(trace.y) - np.array(trace.error_y.arrayminus),
-            s.ci("recovered")["lo"].values[layer, head],
-        )
+        lo = np.array(trace.y) - np.array(trace.error_y.arrayminus)
+        np.testing.assert_allclose(lo, s.ci("recovered")["lo"].values[layer, head], atol=1e-5)
     assert {t.line.dash for t in figure.data} == {"solid", "dash"}, "told apart without colour"
 
 
@@ -262,7 +260,7 @@ def test_a_notebook_gets_the_bundle_and_nobody_is_asked(monkeypatch):
     first, second = view._repr_html_(), view._repr_html_()
     assert first.count("globalThis.CircuitsVis=CircuitsVis") == 1
     assert first != second, "one view shown twice has two ids"
-    assert first.count("<script") == first.count("</script") == 2
+    assert first.count("</script") == 2 and "<!--" not in first
     assert "sourceMappingURL" not in first
 
 
@@ -479,8 +477,8 @@ def test_the_report_opens_with_the_network_off(browser, pages, tmp_path, name, h
         page.set_viewport_size({"width": width, "height": 900})
         page.wait_for_timeout(500)
         page.wait_for_function(DRAWN.replace("HEADS", str(heads)))
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
         assert page.evaluate(WIDE) == []
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
         assert page.evaluate(BLANK) == 0
         page.screenshot(path=tmp_path / f"{name}-{width}-{scheme}.png", full_page=True)
         dark = page.evaluate("getComputedStyle(document.documentElement).backgroundColor")
@@ -489,8 +487,8 @@ def test_the_report_opens_with_the_network_off(browser, pages, tmp_path, name, h
     assert page.evaluate("document.querySelectorAll('img').length") == 0
     assert page.locator(".modebar-btn[data-title*=Share]").count() == 0
     if heads:
-        shown = page.locator(".tokens").first.inner_text()
-        assert EVIL in shown and "</s>" in shown and "שלום" in shown
+        shown = " ".join(page.locator(".tokens").all_inner_texts())
+        assert all(token in shown for token in (EVIL, "</s>", "</script>", "שלום", "a↵b"))
         assert EVIL in page.locator("#look-0").inner_text().replace("\xa0", " ")
         button = page.locator("[data-group=writers] th button").nth(2)
         order = "[...document.querySelectorAll('[data-group=writers] tbody td.w:nth-child(2)')]"

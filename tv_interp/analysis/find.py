@@ -331,7 +331,14 @@ def find_heads(
         "min_recovered": min_recovered,
         "max_paths": max_paths,
     }
-    settings |= getattr(model, "tv_interp_notes", {})
+    prewired = model.tokenizer.init_kwargs.get("tv_prewired") or {}
+    if prewired:
+        settings["prewired"] = prewired
+        heads = ", ".join(f"{name} ({offset} back)" for name, offset in prewired.items())
+        search.notes.append(
+            f"training started these heads as previous-token heads: {heads}; what is found there "
+            "may be what was put there"
+        )
     return HeadReport(
         *(tuple(groups[name]) for name in ("writer", "copier", "reader", "relay")),
         joint=tuple(joint),
@@ -416,6 +423,7 @@ class _Search:
         self.model, self.seed, self.metric = model, seed, metric
         self.fdr, self.min_recovered, self.progress = fdr, min_recovered, progress
         self.notes: list[str] = []
+        self._intervals: dict[tuple[str, Direction, str], Any] = {}
         self.contrasts: dict[tuple[str, int], Contrast] = {}
         self.recorded: dict[tuple[str, int], Recorded] = {}
         self.effects: dict[tuple[str, int, Direction, str], Scores] = {}
@@ -542,8 +550,6 @@ class _Search:
 
     def _interval(self, kind: str, direction: Direction, at: str) -> Any:
         key = (kind, direction, at)
-        if not hasattr(self, "_intervals"):
-            self._intervals: dict[Any, Any] = {}
         if key not in self._intervals:
             scores = self.effects[kind, 1, direction, at]
             self._intervals[key] = scores.ci("recovered", seed=self.seed)

@@ -104,7 +104,7 @@ def record_run(adapter: Adapter, prompts: Prompts, *, keep_z: bool = True) -> Ru
 
 
 def _not_finite(adapter: Adapter, what: str) -> ModelError:
-    """Build the error for numbers that mean nothing, with the weight at fault where there is one."""
+    """Build the error for numbers that mean nothing, with the weight at fault if there is one."""
     named = adapter.model.named_parameters()
     bad = next((name for name, weight in named if not weight.isfinite().all()), None)
     cause = "load it in float32" if bad is None else f"so does its weight {bad!r}"

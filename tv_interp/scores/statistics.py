@@ -130,5 +130,5 @@ def sign_flip_pvalues(
 
 
 def adjust(pvalues: Float[np.ndarray, " cell"]) -> Float[np.ndarray, " cell"]:
-    """Adjust p-values after Benjamini and Hochberg: found at rate q are the cells with value <= q."""
+    """Adjust p-values after Benjamini and Hochberg: found at rate q is what is <= q."""
     return np.asarray(stats.false_discovery_control(pvalues, method="bh"))

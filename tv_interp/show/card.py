@@ -158,8 +158,8 @@ def _card(name: str, directory: Path, rows: Sequence[dict[str, Any]]) -> str:
             "offline. It knows a few hundred words and nothing else.",
             "",
             f"{shape['layers']} layers, {shape['heads']} heads, d_model {shape['width']}, gated "
-            f"MLP of {shape['hidden']}, rotary positions, tied embeddings, {shape['vocab']} tokens, in "
-            "the Llama layout. Prompts are `<bos> x is y x is y ... x is`, without a separator.",
+            f"MLP of {shape['hidden']}, rotary positions, tied embeddings, {shape['vocab']} tokens, "
+            "in the Llama layout. Prompts are `<bos> x is y x is y ... x is`, without a separator.",
             "",
             "## What was planted",
             "",

@@ -345,7 +345,9 @@ def read_asset(package: str, *parts: str) -> str:
 
 
 def _inline(script: str) -> str:
-    return script.replace("</script", "<\\/script").replace("//# sourceMappingURL=", "// ")
+    """Make a script safe inside an element: nothing in it ends the element, or asks for a map."""
+    script = script.replace("</script", "<\\/script").replace("<!--", "<\\!--")
+    return script.replace("//# sourceMappingURL=", "// ")
 
 
 # ------------------------------------------------------------------------------- kinds of figure

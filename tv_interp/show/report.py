@@ -415,11 +415,11 @@ def _examples(report: HeadReport) -> list[dict[str, Any]]:
 
 
 def _corrupted(report: HeadReport) -> list[tuple[str, str, str]]:
-    """Corrupt the first prompt that each corruption fits, as for the measurement."""
+    """Corrupt the first prompt as for the measurement; what does not fit it is left out."""
     out = []
     for kind in report.settings.get("corruptions", []):
         try:
-            pair = report.prompts.corrupt(kind, seed=report.settings["seed"] + 2)
+            pair = report.prompts.select([0]).corrupt(kind, seed=report.settings["seed"] + 2)
         except PromptError:
             continue
         out.append((kind, pair.corrupted.texts[0], pair.corrupted.samples[0].foil))
@@ -432,7 +432,7 @@ def _pieces(prompts: Prompts, row: int) -> list[str]:
     raw = prompts.tokenizer.convert_ids_to_tokens(ids)
     out = []
     for token, fallback in zip(ids, raw, strict=True):
-        text = prompts.tokenizer.decode([token])
+        text = prompts.tokenizer.decode([token], clean_up_tokenization_spaces=False)
         if not text or "\ufffd" in text:  # a part of a character, or no text at all
             text = str(fallback)
         stripped = text.lstrip(" ")

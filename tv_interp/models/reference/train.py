@@ -239,7 +239,7 @@ def _finish(directory, network, recipe, preset, seed, curve) -> None:
         "torch": torch.__version__,
     }
     save_as_llama(network, directory, provenance)
-    save_tokenizer(directory)
+    save_tokenizer(directory, recipe.prewired)
     lines = "".join(json.dumps(row) + "\n" for row in curve)
     (directory / "curve.jsonl").write_text(lines, "utf-8")
     (directory / "checkpoint.pt").unlink(missing_ok=True)

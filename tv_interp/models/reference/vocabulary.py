@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,14 @@ def make_tokenizer() -> Any:
     return tokenizer
 
 
-def save_tokenizer(directory: Path) -> None:
-    """Write tokenizer.json and a tokenizer_config.json that transformers 4 and 5 both load."""
+def save_tokenizer(directory: Path, prewired: Mapping[str, int]) -> None:
+    """Write tokenizer.json and a tokenizer_config.json that transformers 4 and 5 both load.
+
+    Args:
+        directory: Where to.
+        prewired: Offset of each head, by ``"layer.head"``, that training started as a
+            previous-token head: it travels with the model, for whoever analyses it.
+    """
     from tokenizers.processors import TemplateProcessing
 
     inner = make_tokenizer().backend_tokenizer
@@ -69,5 +76,6 @@ def save_tokenizer(directory: Path) -> None:
         "model_max_length": 128,
         "clean_up_tokenization_spaces": False,
         "tv_template": TEMPLATE,
+        "tv_prewired": {f"L{k.replace('.', 'H')}": offset for k, offset in prewired.items()},
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
