@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+INPUTS = ("q", "k", "v", "pattern", "z")
 ROLES = ("other", "bos", "x", "is", "answer", "end", "query_x", "query_is")
 
 
@@ -184,12 +185,14 @@ def patch_sources(model, contrast, cells, at, direction="denoise", metric=logit_
     for i in range(len(contrast)):
         tokens, donor_tokens = tokens_of(base, i), tokens_of(donor, i)
         plain = metric(run(model, tokens), contrast.clean, i)
+        layers = sorted({layer for (layer, _), _, _ in cells})
+        names = [f"blocks.{la}.attn.hook_{w}" for la in layers for w in INPUTS]
+        ours = dict(zip(names, read(model, tokens, names), strict=True))
+        theirs = dict(zip(names, read(model, donor_tokens, names), strict=True))
         for n, ((layer, head), role, part) in enumerate(cells):
-            names = [f"blocks.{layer}.attn.hook_{what}" for what in ("q", "k", "v", "pattern", "z")]
-            ours, theirs = read(model, tokens, names), read(model, donor_tokens, names)
             change = {
                 p: change_of_z(
-                    model, tokens, names, ours, theirs, head, p, sources_of(base, i, role, p), part
+                    model, tokens, ours, theirs, layer, head, p, sources_of(base, i, role, p), part
                 )
                 for p in last_tokens(base, i, at)
             }
@@ -204,10 +207,14 @@ def patch_sources(model, contrast, cells, at, direction="denoise", metric=logit_
     return effects
 
 
-def change_of_z(model, tokens, names, ours, theirs, head, dest, sources, part):
-    """Change of a head's z at ``dest`` when ``part`` of what it takes from ``sources`` changes."""
-    _, _, v, A, z = ours
-    q_donor, k_donor, v_donor, A_donor, _ = theirs
+def change_of_z(model, tokens, ours, theirs, layer, head, dest, sources, part):
+    """Change of a head's z at ``dest`` when ``part`` of what it takes from ``sources`` changes.
+
+    ``ours`` and ``theirs`` are what base and donor have at hooks, by name.
+    """
+    names = [f"blocks.{layer}.attn.hook_{what}" for what in INPUTS]
+    _, _, v, A, z = (ours[name] for name in names)
+    q_donor, k_donor, v_donor, A_donor, _ = (theirs[name] for name in names)
     group = head // (model.cfg.n_heads // v.shape[1])  # the key and value head that it uses
     put_k = (names[1], put(sources, group, k_donor[sources, group]))
     put_v = (names[2], put(sources, group, v_donor[sources, group]))

@@ -87,7 +87,7 @@ def agree(name: str, scores, expected: torch.Tensor, dtype: torch.dtype) -> None
     error = float(np.abs(got - expected).max())
     note_difference(name, error)
     assert error <= TOLERANCE[dtype], f"{name} differs by {error:.2g}"
-    assert np.abs(expected).max() > 100 * TOLERANCE[torch.float32], f"{name}: nothing to compare"
+    assert np.abs(expected).max() > 100 * TOLERANCE[dtype], f"{name}: nothing to compare"
 
 
 # ------------------------------------------------------------------------- equality with naive
@@ -248,9 +248,11 @@ def test_both_classes_give_the_same_numbers(arch):
     contrast = a_contrast(arch, "hooked", "rugged")
     for name, measure in {
         "heads": lambda model: patch_heads(model, contrast),
-        "sources": lambda model: patch_sources(model, contrast, heads=[(1, 1), (2, 2)]),
-        "knockout": lambda model: knock_out(model, contrast.clean),
-        "paths": lambda model: patch_paths(model, contrast, receivers=[(2, 2)], via=["kv", "k"]),
+        "sources": lambda model: patch_sources(model, contrast, heads=[(1, 1)], roles=["x", "is"]),
+        "knockout": lambda model: knock_out(model, contrast.clean, sets={"a": BELOW, "b": HEADS}),
+        "paths": lambda model: patch_paths(
+            model, contrast, senders=[(0, 1), (1, 2)], receivers=[(2, 2)], via=["kv", "k"]
+        ),
     }.items():
         ours, theirs = measure(hooked), measure(bridge)
         assert ours.data.dims == theirs.data.dims and ours.data.std() > 1e-4

@@ -302,7 +302,7 @@ def fragment(figure: go.Figure, name: str) -> str:
         TvInterpError: if the name has other characters.
     """
     check_id(name)
-    parts = json.loads(figure.to_json(engine="json"))
+    parts = json.loads(str(figure.to_json(engine="json")))
     height = parts["layout"].get("height", 450)
     arguments = ",".join(
         script_json(part) for part in (name, parts["data"], parts["layout"], CONFIG)

@@ -134,7 +134,7 @@ def _page(report: HeadReport, more: Sequence[Scores], command: str | None) -> st
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["signed"] = lambda value: f"{value:+.2f}"
-    template = environment.from_string(plots.read_asset(__package__, "report.html.j2"))
+    template = environment.from_string(plots.read_asset("tv_interp.show", "report.html.j2"))
     figures = _Figures()
     attention = _attention(report)
     return template.render(

@@ -214,7 +214,7 @@ def _attention_heatmap(
     figure.layout.updatemenus = [
         {"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"}
     ]
-    name = _name(name, figure.to_json(engine="json"))
+    name = _name(name, str(figure.to_json(engine="json")))
     return View(fragment(figure, name), "plotly", name)
 
 
