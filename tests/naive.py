@@ -135,21 +135,21 @@ def patch_heads(
 
 
 def knock_out(model, prompts, sets, dest, src, demos=None, metric=logit_diff):
-    """Metric lost when each set of heads cannot look from one role to another, ``[prompt, set]``."""
+    """Metric lost when a set of heads cannot look from one role to another, ``[prompt, set]``."""
     effects = torch.zeros(len(prompts), len(sets), dtype=torch.float64)
     for i in range(len(prompts)):
         tokens = tokens_of(prompts, i)
-        to = tokens_with(prompts, i, src)
+        rows, columns = tokens_with(prompts, i, dest), tokens_with(prompts, i, src)
         if demos is not None:
-            to = [p for p in to if prompts.demo_ids[i, p] in demos]
+            columns = [p for p in columns if prompts.demo_ids[i, p] in demos]
         plain = metric(run(model, tokens), prompts, i)
         for n, heads in enumerate(sets):
             edits = []
             for layer, head in heads:
 
-                def cut(scores, head=head):
-                    for d in tokens_with(prompts, i, dest):
-                        scores[0, head, d, to] = float("-inf")
+                def cut(scores, head=head, rows=rows, columns=columns):
+                    for row in rows:
+                        scores[0, head, row, columns] = float("-inf")
                     return scores
 
                 edits.append((f"blocks.{layer}.attn.hook_attn_scores", cut))
@@ -179,7 +179,7 @@ def sources_of(prompts, i, role, dest):
 
 
 def patch_sources(model, contrast, cells, at, direction="denoise", metric=logit_diff):
-    """Effect of each cell, a (head, source role, part) with head (layer, head), ``[prompt, cell]``."""
+    """Effect of each cell, a ((layer, head), source role, part), ``[prompt, cell]``."""
     base, donor, sign = sides(contrast, direction)
     effects = torch.zeros(len(contrast), len(cells), dtype=torch.float64)
     for i in range(len(contrast)):

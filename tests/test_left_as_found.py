@@ -1,4 +1,4 @@
-"""After every measurement the model is as it was, after one that failed too; and what is refused."""
+"""After every measurement, a failed one too, the model is as it was; and what is refused."""
 
 from __future__ import annotations
 
@@ -131,8 +131,6 @@ def agree(before: dict, after: dict) -> None:
             assert not changed, (key, dict(list(changed.items())[:2]))
         else:
             assert before[key] == after[key], key
-
-
 
 
 @pytest.mark.parametrize("call", CALLS)

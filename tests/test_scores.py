@@ -284,7 +284,7 @@ def test_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
     for error, raised in ((OSError(28, "No space left"), FileError), (RuntimeError, RuntimeError)):
         real = xr.Dataset.to_netcdf
 
-        def fail(self, target, error=error, **settings):
+        def fail(self, target, error=error, real=real, **settings):
             real(self, target, **settings)
             raise error
 

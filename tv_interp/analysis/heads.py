@@ -25,7 +25,7 @@ from torch import Tensor
 from ..errors import ModelError, PromptError, TvInterpError, unknown
 from ..interventions.engine import Recorded, chunks, record_run, run_variants
 from ..interventions.sites import Cut, Head, Patch, Site, Variant
-from ..models.adapter import Adapter
+from ..models.adapter import Adapter, Edit, HookName
 from ..prompts import Contrast, Prompts
 from ..prompts.roles import DEMO_ROLES, ROLE_NAMES, Role, parse_role
 from ..scores import Metric, Scores, get_metric
@@ -194,7 +194,7 @@ def patch_sources(
 
     Raises:
         UnknownName: for an unknown role or part.
-        ModelError: if the model's attention is not a softmax of its scores times its values.
+        ModelError: if a head's output is not its attention pattern times its values.
     """
     for part in parts:
         if part not in PARTS:
@@ -273,25 +273,50 @@ def _source_changes(
         for part in parts
         for site in sites
     }
-    for rows, base_tokens in chunks(run.base.prompts):
-        n = base_tokens.shape[1]
-        seen = _attention(adapter, base_tokens, run.donor.prompts.tokens[rows, :n], layers)
+    for rows, tokens in chunks(run.base.prompts):
+        n, every = tokens.shape[1], torch.arange(len(rows))
+        tapes = adapter.tape(tokens), adapter.tape(run.donor.prompts.tokens[rows, :n])
         where = positions[rows].to(adapter.device)
         index = torch.arange(len(rows), device=adapter.device)[:, None]
-        for site in sites:
-            at_head = (index, site.head, where)
-            scores = {name: seen[name, site.layer][at_head] for name in ("s", "s_q", "s_k")}
-            v, v_donor = (
-                seen[name, site.layer][:, :, adapter.kv_head(site.head)] for name in ("v", "v'")
-            )
-            a, a_donor = (seen[name, site.layer][at_head] for name in ("a", "a'"))
-            a_q = scores["s_q"].softmax(-1)
+        for layer in layers:
+            names = [(what, layer) for what in ("q", "k", "v", "z", "pattern")]
+            base, donor = (adapter.read_block(tape, layer, every, names) for tape in tapes)
+            _check_attention(adapter, base, layer)
+
+            def pattern(edits: dict[HookName, Edit], layer=layer, tape=tapes[0], every=every):
+                name = ("pattern", layer)
+                return adapter.read_block(tape, layer, every, [name], edits)[name]
+
+            turned = None
+            if "q" in parts:
+                turned = pattern({("q", layer): _put(donor["q", layer])})
             for role, mask in masks.items():
                 m = mask[rows, :, :n].to(adapter.device)
-                a_k = torch.where(m, scores["s_k"], scores["s"]).softmax(-1)
-                mixed = _Mixture(m, a, a_donor, a_q, a_k, v, v_donor)
-                for part in parts:
-                    out[role, part, site][rows] = mixed.change(part).cpu()
+                rekeyed = None
+                if {"k", "kv"} & set(parts):  # the keys of a role may differ from dest to dest
+                    rekeyed = [
+                        pattern({("k", layer): _put_where(m[:, d], donor["k", layer])})
+                        for d in range(m.shape[1])
+                    ]
+                for site in (s for s in sites if s.layer == layer):
+                    at = (index, site.head, where)
+                    v, v_donor = (
+                        run_["v", layer][:, :, adapter.kv_head(site.head)] for run_ in (base, donor)
+                    )
+                    a = base["pattern", layer][at]
+                    mixed = _Mixture(
+                        mask=m,
+                        a=a,
+                        a_donor=donor["pattern", layer][at],
+                        a_q=a if turned is None else turned[at],
+                        a_k=a
+                        if rekeyed is None
+                        else torch.stack([r[at][:, d] for d, r in enumerate(rekeyed)], 1),
+                        v=v,
+                        v_donor=v_donor,
+                    )
+                    for part in parts:
+                        out[role, part, site][rows] = mixed.change(part).cpu()
     return {key: value[:, 0] for key, value in out.items()} if flat else out
 
 
@@ -336,50 +361,24 @@ class _Mixture(NamedTuple):
                 return (self.a_k - self.a) @ self.v + (self.a_k * self.mask) @ other
 
 
-def _attention(
-    adapter: Adapter, base: Tensor, donor: Tensor, layers: Sequence[int]
-) -> dict[tuple[str, int], Tensor]:
-    """Record scores, patterns and values of base and donor, and scores with q or k exchanged.
-
-    A score depends on its own query and key alone, so one run with all keys (or all queries) of the
-    donor, in which every z is put back to the base's, gives the scores of any mixture.
-    """
-    names = [(w, la) for la in layers for w in ("q", "k", "v", "z", "attn_scores", "pattern")]
-    _, ours = adapter.read(base, names)
-    _, theirs = adapter.read(donor, names)
-    out: dict[tuple[str, int], Tensor] = {}
-    scores = [("attn_scores", layer) for layer in layers]
-    for key, what in (("s_q", "q"), ("s_k", "k")):
-        edits = {(what, la): _put(theirs[what, la]) for la in layers}
-        edits |= {("z", la): _put(ours["z", la]) for la in layers}
-        _, mixed = adapter.read(base, scores, edits)
-        out |= {(key, la): mixed["attn_scores", la] for la in layers}
-    for layer in layers:
-        out["s", layer] = ours["attn_scores", layer]
-        out["v", layer], out["v'", layer] = ours["v", layer], theirs["v", layer]
-        out["a", layer], out["a'", layer] = ours["pattern", layer], theirs["pattern", layer]
-        _check_attention(adapter, ours, layer)
-    return out
-
-
-def _put(value: Tensor):
+def _put(value: Tensor) -> Edit:
     return lambda activation: value
 
 
-def _check_attention(adapter: Adapter, seen: Mapping[tuple[str, int], Tensor], layer: int) -> None:
-    """Check that attention is a softmax of the scores, and z its product with the values."""
+def _put_where(mask: Bool[Tensor, "row src"], value: Tensor) -> Edit:
+    return lambda activation: torch.where(mask[:, :, None, None], value, activation)
+
+
+def _check_attention(adapter: Adapter, seen: Mapping[HookName, Tensor], layer: int) -> None:
+    """Check that a head's output is its attention pattern times its values."""
     pattern, v, z = (seen[w, layer] for w in ("pattern", "v", "z"))
-    causal = torch.ones(pattern.shape[-2:], dtype=torch.bool, device=pattern.device).tril()
-    softmax = seen["attn_scores", layer].masked_fill(~causal, float("-inf")).softmax(-1)
     v = v.repeat_interleave(adapter.n_heads // adapter.n_kv_heads, 2)
-    product = torch.einsum("bhds,bshe->bdhe", pattern, v)
-    for name, ours, theirs in (("softmax(scores)", softmax, pattern), ("pattern @ v", product, z)):
-        error = (ours - theirs).abs().max() / (1 + theirs.abs().max())
-        if error > (0.05 if pattern.dtype in (torch.bfloat16, torch.float16) else 1e-4):
-            raise ModelError(
-                f"layer {layer} of {adapter.name}: {name} differs from what the model uses by "
-                f"{error:.1g}, so its sources cannot be split exactly; use patch_heads"
-            )
+    error = (torch.einsum("bhds,bshe->bdhe", pattern, v) - z).abs().max() / (1 + z.abs().max())
+    if error > (0.05 if pattern.dtype in (torch.bfloat16, torch.float16) else 1e-4):
+        raise ModelError(
+            f"layer {layer} of {adapter.name}: a head's output differs from pattern @ v by "
+            f"{error:.1g}, so its sources cannot be split exactly; use patch_heads"
+        )
 
 
 def knock_out(

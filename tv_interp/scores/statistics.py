@@ -47,7 +47,7 @@ def bootstrap(
 
     Bootstrap-t (Hall 1988, Annals of Statistics 16:927) on the jackknife's pseudo-values, one a
     cluster, each end at least as far out as Student's t: percentile intervals cover too little with
-    few clusters, of unequal size, of skewed effects (91 to 93 % in our simulations; this: 95 to
+    few clusters, of unequal size, of skewed effects (91 to 93 % in our simulations; this: 94 to
     97 %).
 
     Args:
