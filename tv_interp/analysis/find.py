@@ -8,7 +8,8 @@
 3. Split the candidates' effects by source. At answers: a **writer** carries something from outside
    of the answer word it sits on, a **copier** does not. At ``query_is``: a **reader** has an effect
    from the keys and values at answers, a **relay** has not. The sign must be the same on test.
-4. Paths: a **local-vector writer** has a significant path into the found readers.
+4. Paths: a **local-vector writer** has a significant path into the found readers, through the
+   residual stream and the MLPs at the answers.
 5. Joint effects of all writers and of all readers, against as many layer-matched control heads.
 """
 
@@ -146,7 +147,7 @@ class HeadReport:
         joint: Joint effects and controls.
         paths: Path effects of writers into readers on the test split; None without both.
         scores: Effects of every head on the test split, by ``corruption/direction/role``.
-        accuracy: Metrics of the clean and of each corrupted run on the test split.
+        accuracy: Metrics of each corruption's clean and corrupted run on the test split.
         prompts: The test prompts.
         settings: Provenance: model, task, seeds, thresholds, as plain values.
         notes: What a reader must know: corruptions without effect, too few items, caps.
@@ -169,6 +170,11 @@ class HeadReport:
     def found(self) -> tuple[FoundHead, ...]:
         """All labelled heads."""
         return self.writers + self.copiers + self.readers + self.relays
+
+    @property
+    def clean_accuracy(self) -> float:
+        """Exact top-1 accuracy of the clean run on the test split."""
+        return next(iter(self.accuracy.values()))["accuracy"]
 
     def to_dict(self) -> dict[str, Any]:
         """Write as plain values; what ``heads.json`` holds."""
@@ -330,6 +336,7 @@ def find_heads(
         "corruptions x 2 directions",
         "min_recovered": min_recovered,
         "max_paths": max_paths,
+        "paths_through": "mlp",
     }
     prewired = model.tokenizer.init_kwargs.get("tv_prewired") or {}
     if prewired:
@@ -594,6 +601,7 @@ class _Search:
                 self.contrasts[kind, 0],
                 senders=writers,
                 receivers=readers,
+                through="mlp",
                 direction=direction,
                 **self._shared(kind, 0),
             )
@@ -605,6 +613,7 @@ class _Search:
             self.contrasts[kind, 1],
             senders=writers,
             receivers=readers,
+            through="mlp",
             direction=direction,
             **self._shared(kind, 1),
         )
@@ -683,15 +692,17 @@ class _Search:
         }
 
     def accuracy(self) -> dict[str, dict[str, float]]:
-        """Measure the clean and each corrupted run on the test split."""
+        """Measure the clean and the corrupted run of each corruption on the test split.
+
+        The clean run has a row for each corruption, since each has a foil of its own.
+        """
         out: dict[str, dict[str, float]] = {}
         for (kind, half), recorded in self.recorded.items():
             if half == 1:
-                runs = {"clean": recorded.clean} if "clean" not in out else {}
-                runs[kind] = recorded.corrupted
+                targets = Targets.of(recorded.contrast.clean)
+                rows = torch.arange(len(recorded.contrast))
+                runs = {f"clean, foil of {kind}": recorded.clean, kind: recorded.corrupted}
                 for name, run in runs.items():
-                    targets = Targets.of(recorded.contrast.clean)
-                    rows = torch.arange(len(recorded.contrast))
                     out[name] = {
                         m: float(METRICS[m].readout(targets)(run.logits, rows).mean())
                         for m in ("accuracy", "choice", "label_rate", "logit_diff")
@@ -740,10 +751,10 @@ def _share(effect: Effect) -> str:
 def _table(report: HeadReport) -> list[str]:
     """Lay the report out at 80 columns."""
     s = report.settings
-    clean = report.accuracy["clean"]
+    clean = report.clean_accuracy
     lines = [
         f"{s['task']} on {s['model']}: {s['n_demos']} demonstrations, "
-        f"accuracy {clean['accuracy']:.2f} (test split)",
+        f"accuracy {clean:.2f} (test split)",
         "Share of the total recovered [95 % interval], test split; + carries the task.",
         "ns: not found on the selection split.",
     ]

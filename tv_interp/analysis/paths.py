@@ -4,8 +4,10 @@ Path effect of writer w on reader r, denoising (clean into corrupted; noising is
 
 1. w's output at the answer positions is exchanged in the base run; the change of what the block's
    attention adds to the residual stream there is w's message (post-norms are included).
-2. The message is added to the residual stream that r's layer reads at those positions, and to
-   nothing in between (``through="direct"``). Only the chosen inputs of r (k, v, both, or q) see it;
+2. The message is added to the residual stream that r's layer reads at those positions: as it is
+   (``through="direct"``), or with what the MLPs in between make of it at the same positions, all
+   attention staying as it was (``"mlp"``; a vector that a writer starts and an MLP finishes has no
+   direct path). Only the chosen inputs of r (k, v, both, or q) see it;
    on grouped-query attention r alone, as if ungrouped.
 3. r's z at the last token is recomputed, and patched into the base run; all that follows is free.
 """
@@ -23,6 +25,7 @@ from ..errors import PromptError, TvInterpError, unknown
 from ..interventions.engine import ROWS_PER_RUN, Recorded, Run, chunks, run_variants
 from ..interventions.sites import Head, Patch, Site, Variant
 from ..models.adapter import Adapter
+from ..models.replay import Tape
 from ..prompts import Contrast
 from ..prompts.roles import DEMO_ROLES, parse_role
 from ..scores import Metric, Scores
@@ -30,6 +33,8 @@ from .common import Direction, Experiment, all_heads, as_sites
 
 Via = Literal["q", "k", "v", "kv"]
 VIA: tuple[Via, ...] = ("q", "k", "v", "kv")
+Through = Literal["direct", "mlp"]
+THROUGH: tuple[Through, ...] = ("direct", "mlp")
 
 
 def patch_paths(
@@ -39,7 +44,7 @@ def patch_paths(
     receivers: Iterable[Site | Head | str],
     senders: Iterable[Site | Head | str] | None = None,
     via: Via | Sequence[Via] = "kv",
-    through: Literal["direct"] = "direct",
+    through: Through = "direct",
     sender_at: str = "answer",
     receiver_at: str = "query_is",
     direction: Direction = "denoise",
@@ -55,7 +60,8 @@ def patch_paths(
         receivers: Heads that read, at ``receiver_at``.
         senders: Heads that write, at ``sender_at``; None for all in layers below some receiver.
         via: Which of the receiver's inputs the message reaches; several for an axis of them.
-        through: ``"direct"``: through the residual stream alone.
+        through: ``"direct"``: through the residual stream alone. ``"mlp"``: the MLPs between,
+            at the sender's positions, respond too; all attention stays as it was.
         sender_at: Role at which senders write.
         receiver_at: Role at which receivers read; the last token.
         direction: As in `patch_heads`.
@@ -72,8 +78,8 @@ def patch_paths(
         PromptError: if ``receiver_at`` is a role of demonstrations.
         TvInterpError: if no sender is below any receiver.
     """
-    if through != "direct":
-        raise unknown("through", through, ("direct",))
+    if through not in THROUGH:
+        raise unknown("through", through, THROUGH)
     several = (via,) if isinstance(via, str) else tuple(via)
     for one in several:
         if one not in VIA:
@@ -97,7 +103,7 @@ def patch_paths(
             "no path between the chosen senders and receivers: every sender is in the layer of a "
             "receiver or above; choose senders below"
         )
-    messages = _messages(adapter, run.base, run.donor, write_at)
+    messages = _messages(adapter, run.base, run.donor, pairs, through)
     received = _receive(adapter, run.base, messages, pairs, several)
     variants: list[Variant] = [
         (Patch(r, received[s, r, one]),) for s, r in pairs for one in several
@@ -118,27 +124,60 @@ def patch_paths(
 
 
 def _messages(
-    adapter: Adapter, base: Run, donor: Run, senders: Sequence[Site]
-) -> dict[Site, Tensor]:
-    """Compute each sender's change of the attention output, ``[prompt, demo, d_model]``."""
-    places = _demo_axis(base.prompts.positions(senders[0].role), 2)
-    values = donor.z_at(senders[0].role)
+    adapter: Adapter,
+    base: Run,
+    donor: Run,
+    pairs: Sequence[tuple[Site, Site]],
+    through: Through,
+) -> dict[tuple[Site, int], Tensor]:
+    """Compute how each sender changes what a receiver's layer reads, ``[prompt, demo, d_model]``."""
+    wanted = sorted({(s, r.layer) for s, r in pairs})
+    role = pairs[0][0].role
+    places, values = _demo_axis(base.prompts.positions(role), 2), donor.z_at(role)
     width = adapter.model.cfg.d_model
-    out = {s: torch.zeros(*places.shape, width, dtype=adapter.dtype) for s in senders}
+    out = {key: torch.zeros(*places.shape, width, dtype=adapter.dtype) for key in wanted}
     for rows, tokens in chunks(base.prompts):
         index = torch.arange(len(rows), device=adapter.device)[:, None]
         at = (index, places[rows].to(adapter.device))
-        tape = adapter.tape(tokens)
-        every = torch.arange(len(rows))
-        for layer in sorted({site.layer for site in senders}):
-            name = ("attn_out", layer)
-            plain = adapter.read_block(tape, layer, every, [name])[name]
-            for site in (s for s in senders if s.layer == layer):
-                value = _demo_axis(values[rows, layer, ..., site.head, :], 3).to(adapter.device)
-                edit = _replace((*at, site.head), value)
-                changed = adapter.read_block(tape, layer, every, [name], {("z", layer): edit})[name]
-                out[site][rows] = (changed[at] - plain[at]).cpu()
+        tape, every = adapter.tape(tokens), torch.arange(len(rows))
+        top = max(layer for _, layer in wanted)
+        plain = {}
+        for layer in range(min(s.layer for s, _ in wanted), top):
+            plain |= adapter.read_block(tape, layer, every, [("attn_out", layer)])
+        for site in sorted({s for s, _ in wanted}):
+            value = _demo_axis(values[rows, site.layer, ..., site.head, :], 3).to(adapter.device)
+            name, edit = ("attn_out", site.layer), _replace((*at, site.head), value)
+            z = {("z", site.layer): edit}
+            written = adapter.read_block(tape, site.layer, every, [name], z)[name][at]
+            layers = [layer for s, layer in wanted if s == site]
+            if through == "direct":
+                changes = dict.fromkeys(layers, written - plain[name][at])
+            else:
+                frozen = {key: _put(value) for key, value in plain.items() if key[1] > site.layer}
+                frozen[name] = _replace(at, written)
+                changes = _respond(adapter, tape, site.layer, layers, frozen, at)
+            for layer, change in changes.items():
+                out[site, layer][rows] = change.cpu()
     return out
+
+
+def _respond(
+    adapter: Adapter, tape: Tape, layer: int, layers: Sequence[int], edits: dict, at: tuple
+) -> dict[int, Tensor]:
+    """Run from a layer on with all attention as recorded, and read the residual stream's change."""
+    store: dict[int, Tensor] = {}
+
+    def reader(receiver: int):
+        def read(resid: Tensor) -> None:
+            store[receiver] = resid[at] - tape.resid[receiver][at]
+
+        return read
+
+    reads = {("resid_post", receiver - 1): reader(receiver) for receiver in layers}
+    rows, until = torch.arange(len(tape.resid[0])), max(layers)
+    edits = {key: edit for key, edit in edits.items() if key[1] < until}
+    adapter.replay(tape, layer, 0, rows, edits=edits, reads=reads, until=until)
+    return store
 
 
 def _demo_axis(values: Tensor, ndim: int) -> Tensor:
@@ -149,7 +188,7 @@ def _demo_axis(values: Tensor, ndim: int) -> Tensor:
 def _receive(
     adapter: Adapter,
     base: Run,
-    messages: dict[Site, Tensor],
+    messages: dict[tuple[Site, int], Tensor],
     pairs: Sequence[tuple[Site, Site]],
     several: Sequence[Via],
 ) -> dict[tuple[Site, Site, Via], Tensor]:
@@ -175,7 +214,9 @@ def _receive(
             message = torch.zeros(n * len(rows), *tape.resid[layer].shape[1:], dtype=adapter.dtype)
             message = message.to(adapter.device)
             where = (index, places[rows].repeat(n, 1).to(adapter.device))
-            message[where] = torch.cat([messages[s][rows] for s in senders]).to(adapter.device)
+            message[where] = torch.cat([messages[s, layer][rows] for s in senders]).to(
+                adapter.device
+            )
             for via in several:
                 edits = {}
                 for what in {"q", "k", "v"} - set(via):

@@ -158,8 +158,8 @@ def _card(name: str, directory: Path, rows: Sequence[dict[str, Any]]) -> str:
             "offline. It knows a few hundred words and nothing else.",
             "",
             f"{shape['layers']} layers, {shape['heads']} heads, d_model {shape['width']}, gated "
-            f"MLP of {shape['hidden']}, rotary positions, tied embeddings, {shape['vocab']} tokens, "
-            "in the Llama layout. Prompts are `<bos> x is y x is y ... x is`, without a separator.",
+            f"MLP of {shape['hidden']}, rotary positions, tied embeddings, {shape['vocab']} "
+            "tokens, in the Llama layout. Prompts are `<bos> x is y x is y ... x is`, without a separator.",
             "",
             "## What was planted",
             "",
@@ -175,6 +175,9 @@ def _card(name: str, directory: Path, rows: Sequence[dict[str, Any]]) -> str:
             "prompt. Measured by `python -m tv_interp.show.card --model " + name + "`.",
             "",
             *table,
+            "",
+            "*Unseen label words* stood in training as inputs, never as answers: a model that has "
+            "not learned to answer with them is at 0, whatever it knows of the rule.",
             "",
             "*Typed*: the answer alone tells the relation. *Shared answers*: another relation has "
             "the same inputs and the same answers, so only the pair tells (France-Paris is the "

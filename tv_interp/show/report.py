@@ -51,7 +51,7 @@ CORRUPTIONS = {
 _PLAIN = {
     "model", "model_class", "tv_interp", "torch", "transformer_lens", "task", "family", "template",
     "n_prompts", "n_demos", "seed", "dropped", "corruptions", "metric", "n_items", "fdr",
-    "fdr_family", "min_recovered", "max_paths",
+    "fdr_family", "min_recovered", "max_paths", "paths_through", "prewired",
 }  # fmt: skip
 N_PROMPTS, N_HEADS, N_EXAMPLES = 16, 4, 3
 
@@ -197,10 +197,9 @@ def _summary(report: HeadReport) -> list[str]:
         f"{s.get('model')} was given prompts of {s.get('task')} with {report.prompts.n_demos} "
         "demonstrations each."
     ]
-    clean = report.accuracy.get("clean", {})
-    if "accuracy" in clean:
+    if report.accuracy:
         out[0] = (
-            out[0][:-1] + f", and answered {clean['accuracy']:.0%} of the test prompts rightly."
+            out[0][:-1] + f", and answered {report.clean_accuracy:.0%} of the test prompts rightly."
         )
     if not report.found:
         return [
@@ -245,9 +244,7 @@ def _summary(report: HeadReport) -> list[str]:
         whose = f"{n} of {len(asked)} writers"
         if len(asked) == 1:
             whose = "The writer" if n else "No writer"
-        out.append(
-            f"{whose} reached a found reader by a direct path: a local task vector that is read."
-        )
+        out.append(f"{whose} reached a found reader: a local task vector that is read.")
     return out
 
 
