@@ -42,9 +42,8 @@ def naive_mlp_path(model, contrast, row, sender, receiver, via):
 
         return hook_fn
 
-    freeze = [
-        (f"blocks.{i}.hook_attn_out", put(f"blocks.{i}.hook_attn_out")) for i in range(layer + 1, to)
-    ]
+    between = [f"blocks.{i}.hook_attn_out" for i in range(layer + 1, to)]
+    freeze = [(name, put(name)) for name in between]
     model.run_with_hooks(
         corrupted,
         fwd_hooks=[

@@ -359,8 +359,8 @@ def test_the_report_has_the_numbers_of_the_report(pages):
     ]
     (table,) = re.findall(r'<table class="sortable" id="joint-table">.*?</table>', text, re.S)
     assert cells(table, "<tr>.*?</tr>") == joint
-    for value in report["accuracy"]["clean"].values():
-        assert f'data-value="{value}"' in text
+    for run in report["accuracy"].values():
+        assert all(f'data-value="{value}"' in text for value in run.values())
     for words in ("100% of the test prompts", "L1H1", "L0H3", "L2H1", "L3H0", "local task vector"):
         assert words in text.split('id="summary-text"')[1].split("</p>")[0]
 

@@ -250,12 +250,14 @@ def test_the_rule_agrees_with_every_demonstration_and_the_answer(name):
 
 @pytest.mark.parametrize("name", RULES)
 def test_held_out_inputs_are_queries_and_nothing_else(name):
-    task = get_task(name)
-    for sample in draws(name, 8, 60):
+    task = get_task(name).with_queries("held_out")
+    for sample in draws(task, 8, 60):
         assert task.held_out(sample.query)
         assert not any(task.held_out(x) for x, _ in sample.demos)
         others = task.other_queries(np.random.default_rng(0), sample)
         assert all(task.held_out(x) for _, x in zip(range(5), others, strict=False))
+    either = {task.held_out(s.query) for s in draws(name, 8, 60)}
+    assert either == {True, False}  # the default takes both
     seen = task.with_queries("seen")
     assert not any(task.held_out(s.query) for s in draws(seen, 8, 60))
     assert seen.labels == task.labels and seen.name == name

@@ -511,7 +511,7 @@ class _Search:
             start += p.size
         items = min(len(set(s.clusters)) for s in cells.values())
         reachable, needed = 2.0 ** (1 - items), self.fdr * max(1, large) / size
-        if reachable > needed and items < 20:
+        if reachable > needed / 4:
             note = (
                 f"only {items} query items in the selection split: no p-value below "
                 f"{reachable:.2g} is possible and about {needed:.2g} is needed, so real heads are "

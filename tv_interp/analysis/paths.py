@@ -24,7 +24,7 @@ from torch import Tensor
 from ..errors import PromptError, TvInterpError, unknown
 from ..interventions.engine import ROWS_PER_RUN, Recorded, Run, chunks, run_variants
 from ..interventions.sites import Head, Patch, Site, Variant
-from ..models.adapter import Adapter
+from ..models.adapter import Adapter, Edit, HookName
 from ..models.replay import Tape
 from ..prompts import Contrast
 from ..prompts.roles import DEMO_ROLES, parse_role
@@ -130,7 +130,7 @@ def _messages(
     pairs: Sequence[tuple[Site, Site]],
     through: Through,
 ) -> dict[tuple[Site, int], Tensor]:
-    """Compute how each sender changes what a receiver's layer reads, ``[prompt, demo, d_model]``."""
+    """Compute each sender's change of what a receiver reads, ``[prompt, demo, d_model]``."""
     wanted = sorted({(s, r.layer) for s, r in pairs})
     role = pairs[0][0].role
     places, values = _demo_axis(base.prompts.positions(role), 2), donor.z_at(role)
@@ -151,9 +151,12 @@ def _messages(
             written = adapter.read_block(tape, site.layer, every, [name], z)[name][at]
             layers = [layer for s, layer in wanted if s == site]
             if through == "direct":
-                changes = dict.fromkeys(layers, written - plain[name][at])
+                change: Tensor = written - plain[name][at]
+                changes = dict.fromkeys(layers, change)
             else:
-                frozen = {key: _put(value) for key, value in plain.items() if key[1] > site.layer}
+                frozen: dict[HookName, Edit] = {
+                    key: _put(value) for key, value in plain.items() if key[1] > site.layer
+                }
                 frozen[name] = _replace(at, written)
                 changes = _respond(adapter, tape, site.layer, layers, frozen, at)
             for layer, change in changes.items():

@@ -39,6 +39,7 @@ def families() -> dict[str, list[Task]]:
     for name in list_tasks("categorization"):
         task = get_task(name)
         assert isinstance(task, Categorization)
+        task = task.with_queries("held_out")
         out[name] = [task]
         out[f"{name}, unseen label words"] = [task.with_labels(held_out_label_words())]
     return out
@@ -159,7 +160,8 @@ def _card(name: str, directory: Path, rows: Sequence[dict[str, Any]]) -> str:
             "",
             f"{shape['layers']} layers, {shape['heads']} heads, d_model {shape['width']}, gated "
             f"MLP of {shape['hidden']}, rotary positions, tied embeddings, {shape['vocab']} "
-            "tokens, in the Llama layout. Prompts are `<bos> x is y x is y ... x is`, without a separator.",
+            "tokens, in the Llama layout. Prompts are `<bos> x is y x is y ... x is`, without a "
+            "separator.",
             "",
             "## What was planted",
             "",

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from ...errors import FileError, TvInterpError, unknown
-from ...prompts.tasks import get_task
+from ...prompts.tasks import Task, get_task
+from ...prompts.tasks.categorization import categorization_tasks
 from ...prompts.tasks.knowledge import SHARED, relations
 from .data import Sequences
 from .muon import Muon
@@ -172,17 +173,19 @@ def measure(network: Network, *, n_demos: int, n_prompts: int, seed: int) -> dic
         "typed": [n for n in relations() if n not in SHARED],
         "shared": sorted(SHARED),
         "bijection": [f"{n}-bijection" for n in ("country-capital", "verb-past", "noun-plural")],
-        **{n: [n] for n in ("lookup", "simple-string", "digit", "2d-data")},
+        "lookup": ["lookup"],
     }
+    tasks_of: dict[str, list[Task]] = {f: [get_task(n) for n in each] for f, each in names.items()}
+    tasks_of |= {task.name: [task.with_queries("held_out")] for task in categorization_tasks()}
     keep = torch.ones(network.shape.layers, 1, network.shape.heads)
     out = {}
-    for family, tasks in names.items():
+    for family, tasks in tasks_of.items():
         rng = np.random.default_rng([seed, len(family)])
         each = max(4, 2 * n_prompts // len(tasks))
         lines, answers = [], []
         for task in tasks:
             for _ in range(each):
-                sample = get_task(task).sample(rng, n_demos)
+                sample = task.sample(rng, n_demos)
                 text = [f"{x} {CONNECTIVE} {y}" for x, y in sample.demos]
                 line = " ".join(["<bos>", *text, sample.query, CONNECTIVE]).split()
                 lines.append([ids[w] for w in line])

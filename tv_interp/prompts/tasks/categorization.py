@@ -12,11 +12,11 @@ from typing import Literal
 
 import numpy as np
 
-from ...errors import PromptError
+from ...errors import PromptError, unknown
 from .base import RuledSample, Sample, Task, check_size
 from .words import LETTERS, NUMBERS, label_words
 
-Queries = Literal["held_out", "seen"]
+Queries = Literal["any", "held_out", "seen"]
 Classifier = tuple[str, Callable[[str], bool]]
 
 
@@ -25,8 +25,8 @@ class Categorization(Task):
 
     Demonstrations alternate between the classes at random but in equal number (one more of either
     where n_demos is odd), all inputs of a prompt differ, and the query falls in either class with
-    equal chance. Queries come from inputs that the reference models never saw in a categorization
-    prompt (``queries="held_out"``), demonstrations from the others.
+    equal chance. Some inputs were kept out of the reference models' categorization prompts: they
+    are never demonstrations, and ``queries="held_out"`` takes the queries from them alone.
     """
 
     family = "categorization"
@@ -39,7 +39,7 @@ class Categorization(Task):
         classifier: Callable[[np.random.Generator], Classifier],
         *,
         labels: Sequence[str] | None = None,
-        queries: Queries = "held_out",
+        queries: Queries = "any",
     ) -> None:
         """Keep how to draw an input and a rule.
 
@@ -71,7 +71,9 @@ class Categorization(Task):
         return Categorization(*self._parts, labels=labels, queries=self._queries)
 
     def with_queries(self, queries: Queries) -> Categorization:
-        """Make the same task with queries from held-out or from seen inputs."""
+        """Make the same task with queries from all, from held-out or from seen inputs."""
+        if queries not in ("any", "held_out", "seen"):
+            raise unknown("queries", queries, ("any", "held_out", "seen"))
         return Categorization(*self._parts, labels=self.labels, queries=queries)
 
     def sample(self, rng: np.random.Generator, n_demos: int) -> RuledSample:
@@ -82,10 +84,10 @@ class Categorization(Task):
         rule_name, is_high = self._classifier(rng)
         used: set[str] = set()
 
-        def draw(high: bool, held_out: bool) -> str:
+        def draw(high: bool, wanted: Queries) -> str:
             for _ in range(10_000):
                 x = self._inputs(rng)
-                if is_high(x) == high and self.held_out(x) == held_out and x not in used:
+                if is_high(x) == high and self._allows(x, wanted) and x not in used:
                     used.add(x)
                     return x
             raise PromptError(
@@ -93,9 +95,9 @@ class Categorization(Task):
             )
 
         classes = np.arange(n_demos) % 2 == int(rng.integers(2))
-        demos = [(draw(bool(c), False), names[int(c)]) for c in rng.permutation(classes)]
+        demos = [(draw(bool(c), "seen"), names[int(c)]) for c in rng.permutation(classes)]
         high = bool(rng.integers(2))
-        query = draw(high, self._queries == "held_out")
+        query = draw(high, self._queries)
         return RuledSample(
             demos,
             query,
@@ -105,13 +107,15 @@ class Categorization(Task):
             rule_name=rule_name,
         )
 
+    def _allows(self, x: str, queries: Queries) -> bool:
+        return queries == "any" or self.held_out(x) == (queries == "held_out")
+
     def other_queries(self, rng: np.random.Generator, sample: Sample) -> Iterator[str]:
-        """Draw inputs that the sample does not show, held out where the query is."""
+        """Draw inputs that the sample does not show, from those that may be queries."""
         used = {sample.query, *(x for x, _ in sample.demos)}
-        held_out = self.held_out(sample.query)
         for _ in range(1_000):
             x = self._inputs(rng)
-            if x not in used and self.held_out(x) == held_out:
+            if x not in used and self._allows(x, self._queries):
                 used.add(x)
                 yield x
 
