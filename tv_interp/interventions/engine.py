@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ..errors import ModelError, PromptError
 from ..models.adapter import Adapter, Edit, HookName, Read
