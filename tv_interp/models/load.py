@@ -7,6 +7,7 @@ import difflib
 import io
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -223,8 +224,10 @@ def _checked(dtype: Any, device: Any) -> tuple[torch.dtype | None, torch.device]
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the libraries from printing and drawing progress bars; then all is as it was."""
-    from huggingface_hub.utils import logging as hub
-    from transformers.utils import logging
+    with warnings.catch_warnings():  # tqdm in a notebook without ipywidgets: no bar is drawn here
+        warnings.filterwarnings("ignore", "IProgress not found")
+        from huggingface_hub.utils import logging as hub
+        from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     hub_level = hub.get_verbosity()
