@@ -367,6 +367,7 @@ def test_hub_names_reach_the_right_class(monkeypatch):
         return loader
 
     answers = SimpleNamespace(head=lambda url, timeout: "any")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # the surroundings may be offline
     monkeypatch.setattr("huggingface_hub.get_session", lambda: answers)
     monkeypatch.setattr(TransformerBridge, "boot_transformers", give("bridge"))
     if HookedTransformer is not None:

@@ -101,11 +101,15 @@ def test_any_object_with_name_family_and_sample_is_a_task():
 
 
 def test_default_corruptions_are_those_of_the_family():
-    assert default_corruptions("knowledge") == ("task", "random_answers")
-    assert default_corruptions("bijection") == ("task", "random_answers")
-    assert default_corruptions("categorization") == ("labels", "answers")
-    for family in ("lookup", "user", "anything"):
-        assert default_corruptions(family) == ("answers", "inputs")
+    for name, kinds in {
+        "country-capital": ("task", "random_answers"),
+        "noun-plural": ("answers", "random_answers"),  # no partner to take demonstrations from
+        "verb-past-bijection": ("task", "random_answers"),
+        "digit": ("labels", "answers"),
+        "lookup": ("answers", "inputs"),
+    }.items():
+        assert default_corruptions(get_task(name)) == kinds
+    assert default_corruptions(Task.from_pairs({"a": "b", "c": "d"})) == ("answers", "inputs")
 
 
 # Relations
