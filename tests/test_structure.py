@@ -14,6 +14,7 @@ PACKAGE = Path(tv.__file__).parent
 # Read down: a module imports only from its own folder and from those above it.
 STAIRCASE = (
     "errors",
+    "files",
     "prompts.tasks",
     "prompts",
     "models",

@@ -52,7 +52,8 @@ def heads(
     """
     import numpy as np
 
-    from .analysis.find import find_heads, make_directory
+    from .analysis.find import find_heads
+    from .files import make_directory
     from .models.load import load_model
     from .prompts import get_task
     from .prompts.corruptions import check_corruption, default_corruptions

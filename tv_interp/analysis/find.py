@@ -22,13 +22,13 @@ import os
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from ..errors import FileError, PromptError, TvInterpError, unknown
+from ..errors import PromptError, TvInterpError, unknown
+from ..files import make_directory, write_text
 from ..interventions.engine import Recorded, record
 from ..interventions.sites import Head, Site
 from ..models.adapter import Adapter
@@ -218,39 +218,6 @@ class HeadReport:
     def __str__(self) -> str:
         """A table at 80 columns."""
         return "\n".join(_table(self))
-
-
-def make_directory(path: str | os.PathLike) -> Path:
-    """Make a directory, parents included.
-
-    Raises:
-        FileError: if it cannot be made or written.
-    """
-    directory = Path(path)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FileError(
-            f"cannot write to directory {str(path)!r}: {error.strerror}; name another directory"
-        ) from error
-    if not os.access(directory, os.W_OK):
-        raise FileError(f"cannot write to directory {str(path)!r}: permission denied; name another")
-    return directory
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file under its final name only once it is whole.
-
-    Raises:
-        FileError: if it cannot be written.
-    """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise FileError(f"cannot write {path}: {error.strerror}") from error
 
 
 def find_heads(

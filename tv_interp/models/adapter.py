@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -227,6 +228,10 @@ class Adapter:
         cap = getattr(self.model.cfg, "output_logits_soft_cap", -1.0)
         return cap * torch.tanh(logits / cap) if cap and cap > 0 else logits
 
+    @cached_property
+    def _points(self) -> Mapping[str, Any]:
+        return self.model.hook_dict  # a bridge builds it anew each time it is asked
+
     @property
     def _is_bridge(self) -> bool:
         return hasattr(self.model, "original_model")
@@ -254,7 +259,7 @@ class Adapter:
 
             return hook_fn
 
-        points = self.model.hook_dict if fired else {}
+        points = self._points
         try:
             for name in fired:
                 point = points[self._checked_name(name, points)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ import numpy as np
 import xarray as xr
 
 from ..errors import FileError, ScoreError
+from ..files import whole_file
 from ..interventions.sites import Site
 from .statistics import adjust, bootstrap, cluster_ids, sign_flip_pvalues
 
@@ -274,26 +274,18 @@ def save_dataset(data: xr.Dataset, path: str | os.PathLike, group: str | None = 
 
 def save_groups(groups: Mapping[str, xr.Dataset], path: str | os.PathLike) -> None:
     """Write datasets as the groups of one netCDF file; see `save_dataset`."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    try:
+    with whole_file(path) as partial:
         mode: Literal["w", "a"] = "w"
         for name, data in groups.items():
-            compress = {
-                v: {"zlib": True, "complevel": 4}
-                for v in data.data_vars
-                if data[v].dtype.kind == "f"
-            }
-            group = None if name == "/" else name
-            data.to_netcdf(partial, mode=mode, group=group, engine="h5netcdf", encoding=compress)
+            floats = [v for v in data.data_vars if data[v].dtype.kind == "f"]
+            data.to_netcdf(
+                partial,
+                mode=mode,
+                group=None if name == "/" else name,
+                engine="h5netcdf",
+                encoding={v: {"zlib": True, "complevel": 4} for v in floats},
+            )
             mode = "a"
-        os.replace(partial, path)
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise FileError(f"cannot write {path}: {reason}") from error
-    finally:
-        with contextlib.suppress(OSError):  # gone where all went well
-            partial.unlink()
 
 
 def load_dataset(path: str | os.PathLike, group: str | None = None) -> xr.Dataset:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from scipy.stats import binomtest
 
-from ..analysis.find import write_text
 from ..errors import ModelError
+from ..files import write_text
 from ..interventions.engine import record_run
 from ..models.adapter import Adapter
 from ..models.load import load_model, reference_directory

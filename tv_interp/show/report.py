@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from ..analysis.common import Experiment
-from ..analysis.find import Effect, FoundHead, HeadReport, write_text
+from ..analysis.find import Effect, FoundHead, HeadReport
 from ..errors import PromptError, TvInterpError
+from ..files import write_text
 from ..interventions.engine import run_variants
 from ..interventions.sites import Patch, Site, Variant
 from ..models.adapter import Adapter

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from ...files import whole_file, write_text
 
 
 @dataclass(frozen=True)
@@ -178,9 +179,8 @@ def save_as_llama(network: Network, directory: Path, provenance: dict) -> None:
         ("" if name.startswith("lm_head") else "model.") + name: p.detach().float().contiguous()
         for name, p in network.state_dict().items()
     }
-    partial = directory / "model.safetensors.partial"
-    save_file(tensors, partial, metadata={"format": "pt"})
-    os.replace(partial, directory / "model.safetensors")
+    with whole_file(directory / "model.safetensors") as partial:
+        save_file(tensors, partial, metadata={"format": "pt"})
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -203,4 +203,4 @@ def save_as_llama(network: Network, directory: Path, provenance: dict) -> None:
         "torch_dtype": "float32",
         "tv_interp": {**provenance, "shape": asdict(shape)},
     }
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    write_text(directory / "config.json", json.dumps(config, indent=2) + "\n")

@@ -9,7 +9,6 @@ only; the phenomena are measured elsewhere.
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ...errors import FileError, TvInterpError, unknown
+from ...files import whole_file, write_text
 from ...prompts.tasks import Task, get_task
 from ...prompts.tasks.categorization import categorization_tasks
 from ...prompts.tasks.knowledge import SHARED, relations
@@ -94,13 +94,7 @@ def train(
     if preset not in PRESETS:
         raise unknown("preset", preset, PRESETS)
     recipe = PRESETS[preset] if steps is None else replace(PRESETS[preset], steps=steps)
-    directory = Path(out)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FileError(
-            f"cannot write to {out}: {error.strerror}: name another directory"
-        ) from error
+    directory = make_directory(out)
     identity = json.dumps({"preset": preset, "seed": seed, **asdict(recipe)}, sort_keys=True)
     shape = Shape(vocab=len(words()), layers=recipe.layers)
     network = Network(shape, seed)
@@ -225,13 +219,8 @@ def _save(directory, identity, network, optimizers, step, curve) -> None:
         "step": step,
         "curve": json.dumps(curve),
     }
-    partial = directory / "checkpoint.pt.partial"
-    try:
+    with whole_file(directory / "checkpoint.pt") as partial:
         torch.save(state, partial)
-        os.replace(partial, directory / "checkpoint.pt")
-    except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
-        raise FileError(f"cannot write {directory / 'checkpoint.pt'}: {error}") from error
 
 
 def _finish(directory, network, recipe, preset, seed, curve) -> None:
@@ -244,7 +233,7 @@ def _finish(directory, network, recipe, preset, seed, curve) -> None:
     save_as_llama(network, directory, provenance)
     save_tokenizer(directory, recipe.prewired)
     lines = "".join(json.dumps(row) + "\n" for row in curve)
-    (directory / "curve.jsonl").write_text(lines, "utf-8")
+    write_text(directory / "curve.jsonl", lines)
     (directory / "checkpoint.pt").unlink(missing_ok=True)
 
 

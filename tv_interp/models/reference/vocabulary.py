@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ...files import write_text
 from ...prompts.tasks.knowledge import relations
 from ...prompts.tasks.words import (
     LETTERS,
@@ -78,4 +79,4 @@ def save_tokenizer(directory: Path, prewired: Mapping[str, int]) -> None:
         "tv_template": TEMPLATE,
         "tv_prewired": {f"L{k.replace('.', 'H')}": offset for k, offset in prewired.items()},
     }
-    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    write_text(directory / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")

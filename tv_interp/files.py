@@ -1,0 +1,58 @@
+"""Files that are whole or not there: nothing half-written ever stands under a final name."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from .errors import FileError
+
+
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike) -> Iterator[Path]:
+    """Hand out a path beside the final one, and move it there once the block has ended well.
+
+    Raises:
+        FileError: if the file cannot be written; what was there before stays.
+    """
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise FileError(f"cannot write {path}: {reason}") from error
+    finally:
+        with contextlib.suppress(OSError):  # gone where all went well
+            partial.unlink()
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a text file, whole or not at all.
+
+    Raises:
+        FileError: if it cannot be written.
+    """
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def make_directory(path: str | os.PathLike) -> Path:
+    """Make a directory, parents included.
+
+    Raises:
+        FileError: if it cannot be made or written.
+    """
+    directory = Path(path)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(
+            f"cannot write to directory {str(path)!r}: {error.strerror}; name another directory"
+        ) from error
+    if not os.access(directory, os.W_OK):
+        raise FileError(f"cannot write to directory {str(path)!r}: permission denied; name another")
+    return directory
