@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ...errors import FileError, TvInterpError, unknown
-from ...files import whole_file, write_text
+from ...files import make_directory, whole_file, write_text
 from ...prompts.tasks import Task, get_task
 from ...prompts.tasks.categorization import categorization_tasks
 from ...prompts.tasks.knowledge import SHARED, relations
