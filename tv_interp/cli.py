@@ -51,6 +51,7 @@ def heads(
         json: Print JSON instead of a table.
     """
     import numpy as np
+    import torch
 
     from .analysis.find import find_heads
     from .files import make_directory
@@ -70,8 +71,11 @@ def heads(
     _check_numbers(n_demos=n_demos, n_prompts=n_prompts, fdr=fdr)
     chosen.sample(np.random.default_rng(seed), n_demos)  # refuses more than the task has
     directory = make_directory(out) if out is not None else None
+    loaded = load_model(model, backend=backend)
+    if loaded.cfg.d_model <= SMALL:
+        torch.set_num_threads(1)
     found = find_heads(
-        load_model(model, backend=backend),
+        loaded,
         chosen,
         n_demos=n_demos,
         n_prompts=n_prompts,
@@ -149,6 +153,8 @@ def models(json: bool = False) -> None:
     print("\nAny local directory in Hugging Face format and any hub name work too.")
 
 
+SMALL = 256
+"""Models up to this width run on one thread: on a busy machine more only wait for each other."""
 ABOUT = "Which attention heads carry a task through a prompt: who writes, who reads."
 COMMANDS: dict[str, Callable[..., None]] = {"heads": heads, "tasks": tasks, "models": models}
 
