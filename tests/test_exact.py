@@ -28,6 +28,7 @@ from tv_interp.analysis.heads import (
 from tv_interp.analysis.paths import patch_paths
 from tv_interp.errors import ModelError, TvInterpError, UnknownName
 from tv_interp.interventions import Cut, Patch, Site, record, run_variants
+from tv_interp.interventions.sites import HEAD_COMPONENTS
 from tv_interp.prompts import Contrast, make_prompts
 from tv_interp.prompts.roles import ROLE_NAMES
 from tv_interp.prompts.tasks import Task
@@ -371,6 +372,37 @@ def test_wrong_donor_is_noticed(kind):
     assert np.abs(ours - wrong.numpy()).max(0).min() > 0.1
 
 
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("at", ["answer", "query_is"])
+def test_components_of_blocks_are_patched_as_by_hooks(arch, at, kind):
+    """The residual stream of another prompt at a role, replaced or added."""
+    model, contrast = tiny_model(arch, kind), a_contrast(arch, kind, "rugged")
+    prompts, donor = contrast.corrupted, contrast.clean
+    components = ("resid_pre", "attn_out", "mlp_out", "resid_post")
+    variants, edits = [], []
+    for component, mode in itertools.product(components, ("replace", "add")):
+        name = f"blocks.1.hook_{component}"
+        rows = []
+        for i in range(len(prompts)):
+            (value,) = naive.read(model, naive.tokens_of(donor, i), [name])
+            rows.append(value[naive.last_tokens(donor, i, at)])
+        value = torch.stack(rows)
+        value = value if at == "answer" else value[:, 0]
+        variants.append((Patch(Site(1, None, component, at), value, mode),))
+        edits.append((name, rows, mode))
+    ours = run_variants(model, prompts, variants, lambda logits, rows: logits[:, 5].cpu())
+    for n, (name, rows, mode) in enumerate(edits):
+        for i in range(len(prompts)):
+            where = naive.last_tokens(prompts, i, at)
+
+            def edit(x, where=where, value=rows[i], mode=mode):
+                x[0, where] = value if mode == "replace" else x[0, where] + value
+                return x
+
+            expected = naive.run(model, naive.tokens_of(prompts, i), [(name, edit)])[5]
+            assert abs(ours[n, i] - expected) < 1e-5, (name, mode)
+
+
 # ----------------------------------------------------------------------------------------- laws
 
 
@@ -476,7 +508,7 @@ def test_label_rate_knows_the_labels_of_this_prompt():
 @given(
     layer=st.integers(0, 99),
     head=st.integers(0, 99),
-    component=st.sampled_from("qkvz"),
+    component=st.sampled_from([*"qkvz", "resid_pre", "attn_out", "mlp_out", "resid_post"]),
     role=st.sampled_from(ROLE_NAMES),
     demo=st.none() | st.integers(0, 30),
 )
@@ -484,7 +516,7 @@ def test_label_rate_knows_the_labels_of_this_prompt():
 def test_sites_parse_what_they_print(layer, head, component, role, demo):
     if role not in ("x", "is", "answer", "end"):
         demo = None
-    site = Site(layer, head, component, role, demo)
+    site = Site(layer, head if component in HEAD_COMPONENTS else None, component, role, demo)
     assert Site.parse(str(site)) == site
     assert Site.parse(f"{site}") is not site
 
@@ -502,6 +534,10 @@ def test_sites_refuse_what_is_unknown():
         Site.parse("L1H2.z@anwser")
     with pytest.raises(UnknownName, match="unknown component 'o'"):
         Site.parse("L1H2.o@answer")
+    with pytest.raises(UnknownName, match="'resid_post' is a component of blocks: expected no hea"):
+        Site.parse("L1H2.resid_post@answer")
+    with pytest.raises(UnknownName, match="'z' is a component of heads: expected a head"):
+        Site.parse("L1.z@answer")
     with pytest.raises(UnknownName, match="outside of demonstrations, got demo=1: leave it out"):
         Site.parse("L1H2.z@query_is[1]")
 
@@ -591,6 +627,9 @@ def test_bad_arguments(kind):
         lambda: patch_heads(model, contrast, at="end"): "not every prompt has a 'end' token",
         lambda: patch_together(model, contrast, {"a": [(3, 0)]}): "L3H0 is outside of .*3 layers",
         lambda: patch_together(model, contrast, {"a": [(0, -1)]}): "L0H-1 is outside of",
+        lambda: patch_sources(
+            model, contrast, heads=["L1.attn_out@x"]
+        ): "expected a head, got L1.attn_out@x",
         lambda: patch_sources(model, contrast, heads=[]): "empty selection: expected at least one",
         lambda: patch_sources(model, contrast, parts=["keys"]): "unknown part 'keys'",
         lambda: patch_sources(model, contrast, roles=["end"]): "unknown source role 'end'",

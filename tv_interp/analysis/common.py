@@ -141,14 +141,15 @@ def as_sites(heads: Iterable[Site | Head | str], at: str, adapter: Adapter) -> l
     out = []
     for head in heads:
         site = Site.parse(head) if isinstance(head, str) else head
-        if not isinstance(site, Site):
-            site = Site(int(site[0]), int(site[1]))
-        if not (0 <= site.layer < adapter.n_layers and 0 <= site.head < adapter.n_heads):
+        if isinstance(site, Site) and site.head is None:
+            raise TvInterpError(f"expected a head, got {site}, a component of a whole block")
+        layer, number = site.at if isinstance(site, Site) else (int(site[0]), int(site[1]))
+        if not (0 <= layer < adapter.n_layers and 0 <= number < adapter.n_heads):
             raise TvInterpError(
-                f"head L{site.layer}H{site.head} is outside of {adapter.name}: it has "
+                f"head L{layer}H{number} is outside of {adapter.name}: it has "
                 f"{adapter.n_layers} layers of {adapter.n_heads} heads"
             )
-        out.append(Site(site.layer, site.head, "z", at))
+        out.append(Site(layer, number, "z", at))
     if not out:
         raise TvInterpError("empty selection: expected at least one head")
     return list(dict.fromkeys(out))

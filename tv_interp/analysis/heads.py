@@ -301,7 +301,8 @@ def _source_changes(
                 for site in (s for s in sites if s.layer == layer):
                     at = (index, site.head, where)
                     v, v_donor = (
-                        run_["v", layer][:, :, adapter.kv_head(site.head)] for run_ in (base, donor)
+                        run_["v", layer][:, :, adapter.kv_head(site.at[1])]
+                        for run_ in (base, donor)
                     )
                     a = base["pattern", layer][at]
                     mixed = _Mixture(

@@ -310,8 +310,8 @@ def _edits(
 def _patcher(modes: dict[str, tuple[Tensor, ...]]) -> Edit:
     def edit(activation: Tensor) -> Tensor:
         new = activation.clone()
-        for mode, (row, pos, head, value) in modes.items():
-            new.index_put_((row, pos, head), value.to(new.dtype), accumulate=mode == "add")
+        for mode, (*where, value) in modes.items():
+            new.index_put_(tuple(where), value.to(new.dtype), accumulate=mode == "add")
         return new
 
     return edit
@@ -363,8 +363,10 @@ def _places(
             f"demonstrations, the prompts have {tuple(positions.shape)}"
         )
     row = (torch.arange(len(rows)) + offset)[:, None].expand_as(positions)
-    head = torch.full_like(row, patch.site.head)
-    return row.flatten(), positions.flatten() - start, head.flatten(), value.flatten(0, 1)
+    where = (row.flatten(), positions.flatten() - start)
+    if patch.site.head is not None:
+        where += (torch.full_like(where[0], patch.site.head),)
+    return *where, value.flatten(0, 1)
 
 
 def _check_change(adapter: Adapter, change: Patch | Cut) -> None:
@@ -380,7 +382,7 @@ def _check_change(adapter: Adapter, change: Patch | Cut) -> None:
         component, name = change.site.component, str(change.site)
         layer, head = change.site.layer, change.site.head
     heads = adapter.n_kv_heads if component in ("k", "v") else adapter.n_heads
-    if layer >= adapter.n_layers or head >= heads:
+    if layer >= adapter.n_layers or (head or 0) >= heads:
         raise ModelError(
             f"{name} is outside of {adapter.name}: it has {adapter.n_layers} layers and {heads} "
             f"heads for {component}"

@@ -15,26 +15,29 @@ from ..prompts.roles import DEMO_ROLES, parse_role
 Head = tuple[int, int]
 """A head as (layer, head)."""
 
-_PATTERN = re.compile(r"L(\d+)H(\d+)\.(\w+)@(\w+?)(?:\[(\d+)\])?")
+_PATTERN = re.compile(r"L(\d+)(?:H(\d+))?\.(\w+)@(\w+?)(?:\[(\d+)\])?")
 HEAD_COMPONENTS = ("q", "k", "v", "z")
+BLOCK_COMPONENTS = ("resid_pre", "attn_out", "mlp_out", "resid_post")
 
 
 @dataclass(frozen=True, order=True)
 class Site:
-    """One head's activation at the tokens of one role.
+    """An activation of one head, or of a whole block, at the tokens of one role.
 
-    Prints and parses as ``L11H3.z@answer[2]``; without a demonstration it stands for all of them.
+    Prints and parses as ``L11H3.z@answer[2]`` or ``L11.resid_post@answer[2]``; without a
+    demonstration it stands for all of them.
 
     Attributes:
         layer: Block, from 0.
-        head: Head in the block, from 0.
-        component: ``q``, ``k``, ``v`` or ``z``.
+        head: Head in the block, from 0; None for components of the block.
+        component: ``q``, ``k``, ``v`` or ``z`` of a head; ``resid_pre``, ``attn_out``, ``mlp_out``
+            or ``resid_post`` of a block.
         role: A role's name; the last token of each span is meant.
         demo: Demonstration, from 0; None for all, and for roles outside of demonstrations.
     """
 
     layer: int
-    head: int
+    head: int | None
     component: str = "z"
     role: str = "answer"
     demo: int | None = None
@@ -43,12 +46,18 @@ class Site:
         """Refuse unknown roles and components.
 
         Raises:
-            UnknownName: if role or component is not known, or a demonstration is given for a role
-                outside of demonstrations.
+            UnknownName: if role or component is not known, a component of heads has no head or one
+                of blocks has one, or a demonstration is given for a role outside of
+                demonstrations.
         """
         role = parse_role(self.role)
-        if self.component not in HEAD_COMPONENTS:
-            raise unknown("component", self.component, HEAD_COMPONENTS)
+        if self.component not in HEAD_COMPONENTS + BLOCK_COMPONENTS:
+            raise unknown("component", self.component, HEAD_COMPONENTS + BLOCK_COMPONENTS)
+        if (self.head is None) is (self.component in HEAD_COMPONENTS):
+            of, some = ("heads", "a head") if self.head is None else ("blocks", "no head")
+            raise UnknownName(
+                f"{self.component!r} is a component of {of}: expected {some}, got head={self.head}"
+            )
         if self.demo is not None and role not in DEMO_ROLES:
             raise UnknownName(
                 f"role {self.role!r} is outside of demonstrations, got demo={self.demo}: "
@@ -57,8 +66,9 @@ class Site:
 
     def __str__(self) -> str:
         """Write as ``L11H3.z@answer[2]``."""
+        head = "" if self.head is None else f"H{self.head}"
         demo = "" if self.demo is None else f"[{self.demo}]"
-        return f"L{self.layer}H{self.head}.{self.component}@{self.role}{demo}"
+        return f"L{self.layer}{head}.{self.component}@{self.role}{demo}"
 
     @classmethod
     def parse(cls, text: str) -> Site:
@@ -77,11 +87,13 @@ class Site:
                 f"expected a site such as 'L11H3.z@answer[2]' or 'L11H3.z@query_is', got {text!r}"
             )
         layer, head, component, role, demo = match.groups()
-        return cls(int(layer), int(head), component, role, None if demo is None else int(demo))
+        number = None if head is None else int(head)
+        return cls(int(layer), number, component, role, None if demo is None else int(demo))
 
     @property
     def at(self) -> Head:
         """The head as (layer, head)."""
+        assert self.head is not None
         return self.layer, self.head
 
 
@@ -111,7 +123,8 @@ class Patch:
     Attributes:
         site: Where.
         value: ``[prompt, demo, d_head]`` for roles of demonstrations (``[prompt, d_head]`` where
-            the site names one), ``[prompt, d_head]`` for the others.
+            the site names one), ``[prompt, d_head]`` for the others; d_model in place of d_head
+            for components of blocks.
         mode: ``"replace"`` the activation or ``"add"`` to it.
     """
 

@@ -1,8 +1,8 @@
 """The hook points of a model: the only code that knows TransformerLens classes.
 
 `HookedTransformer` and `TransformerBridge` share the names and shapes of the hook points used here
-(``resid_pre resid_post attn_out q k v z attn_scores pattern``). They differ in ways that silently
-spoil a measurement, so every run goes through `Adapter.run`, which
+(``resid_pre resid_post attn_out mlp_out q k v z attn_scores pattern``). They differ in ways that
+silently spoil a measurement, so every run goes through `Adapter.run`, which
 
 1. checks each name against the model before it runs (a bridge skips unknown names in silence),
 2. hands each hook a tensor and expects a new one back (in-place edits leak on the bridge),
@@ -34,6 +34,7 @@ _NAMES = {
     "resid_pre": "blocks.{}.hook_resid_pre",
     "resid_post": "blocks.{}.hook_resid_post",
     "attn_out": "blocks.{}.hook_attn_out",
+    "mlp_out": "blocks.{}.hook_mlp_out",
     "q": "blocks.{}.attn.hook_q",
     "k": "blocks.{}.attn.hook_k",
     "v": "blocks.{}.attn.hook_v",

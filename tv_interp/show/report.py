@@ -289,7 +289,7 @@ def _row(head: FoundHead) -> dict[str, Any]:
     return {
         "head": head,
         "name": f"L{head.site.layer}H{head.site.head}",
-        "order": head.site.layer * 10_000 + head.site.head,
+        "order": head.site.layer * 10_000 + head.site.at[1],
         "by": by,
         "best": head.best,
         "sources": [(role, v) for role, v in split[:4] if abs(v) >= 0.005],
