@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, Literal
 
@@ -13,8 +13,9 @@ import xarray as xr
 from torch import Tensor
 
 from ..errors import ScoreError, TvInterpError, unknown
-from ..interventions.engine import Recorded, record
-from ..interventions.sites import Head, Site
+from ..interventions.engine import run_variants
+from ..interventions.recording import Recorded, record
+from ..interventions.sites import Head, Site, Variant
 from ..models.adapter import Adapter
 from ..prompts import Contrast, Prompts
 from ..prompts.roles import parse_role
@@ -74,8 +75,17 @@ class Experiment:
         sign = 1 if direction == "denoise" else -1
         self.total = sign * (self.readout(self.donor.logits, rows) - self.base_value)
 
-    def effects(self, values: Tensor) -> np.ndarray:
-        """Turn metric values ``[variant, prompt]`` into effects ``[prompt, variant]``."""
+    def effects(self, variants: Sequence[Variant], progress: str | None = None) -> np.ndarray:
+        """Run the base under each variant: effects ``[prompt, variant]``."""
+        values = run_variants(
+            self.model,
+            self.base.prompts,
+            variants,
+            self.readout,
+            run=self.base,
+            max_memory=self.recorded.max_memory,
+            progress=progress,
+        )
         change = values - self.base_value
         return (change if self.direction == "denoise" else -change).T.numpy()
 

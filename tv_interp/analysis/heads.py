@@ -23,7 +23,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..errors import ModelError, PromptError, TvInterpError, unknown
-from ..interventions.engine import Recorded, chunks, record_run, run_variants
+from ..interventions.engine import check_layers, run_variants
+from ..interventions.recording import Recorded, record_run
 from ..interventions.sites import Cut, Head, Patch, Site, Variant
 from ..models.adapter import Adapter, Edit, HookName
 from ..prompts import Contrast, Prompts
@@ -82,16 +83,10 @@ def patch_heads(
         for demo in each:
             site = Site(layer, head, "z", at, demo)
             variants.append((Patch(site, value if demo is None else value[:, demo]),))
-    values = run_variants(
-        model,
-        run.base.prompts,
-        variants,
-        run.readout,
-        progress=f"{direction} {at}" if progress else None,
-    )
     n_layers, n_heads = run.adapter.n_layers, run.adapter.n_heads
     shape = (len(contrast), n_layers, n_heads, len(each))
-    effects = run.effects(values).reshape(shape)
+    label = f"{direction} {at}" if progress else None
+    effects = run.effects(variants, label).reshape(shape)
     coords = {"layer": np.arange(n_layers), "head": np.arange(n_heads)}
     if demos == "joint":
         return run.scores(effects[..., 0], ("layer", "head"), coords, demos=demos)
@@ -136,10 +131,8 @@ def patch_together(
         members = list(heads)
         sites = as_sites(members, at, run.adapter) if members else []
         variants.append(tuple(Patch(s, z[:, s.layer, ..., s.head, :]) for s in sites))
-    values = run_variants(
-        model, run.base.prompts, variants, run.readout, progress=f"{at} sets" if progress else None
-    )
-    return run.scores(run.effects(values), ("site",), {"site": list(sets)})
+    effects = run.effects(variants, f"{at} sets" if progress else None)
+    return run.scores(effects, ("site",), {"site": list(sets)})
 
 
 def patch_sources(
@@ -213,14 +206,8 @@ def patch_sources(
         for part in parts
         for site in sites
     ]
-    values = run_variants(
-        model,
-        run.base.prompts,
-        variants,
-        run.readout,
-        progress=f"sources {at}" if progress else None,
-    )
-    effects = run.effects(values).reshape(len(contrast), len(wanted), len(parts), len(sites))
+    effects = run.effects(variants, f"sources {at}" if progress else None)
+    effects = effects.reshape(len(contrast), len(wanted), len(parts), len(sites))
     coords = {"role": wanted, "part": list(parts), "site": [str(s) for s in sites]}
     return run.scores(effects, ("role", "part", "site"), coords)
 
@@ -273,19 +260,19 @@ def _source_changes(
         for part in parts
         for site in sites
     }
-    for rows, tokens in chunks(run.base.prompts):
-        n, every = tokens.shape[1], torch.arange(len(rows))
-        tapes = adapter.tape(tokens), adapter.tape(run.donor.prompts.tokens[rows, :n])
+    check_layers(run.base)
+    for (rows, tape), (_, other) in zip(run.base.tapes(), run.donor.tapes(), strict=True):
+        n = tape.n_pos
         where = positions[rows].to(adapter.device)
         index = torch.arange(len(rows), device=adapter.device)[:, None]
         for layer in layers:
             names = [(what, layer) for what in ("q", "k", "v", "z", "pattern")]
-            base, donor = (adapter.read_block(tape, layer, every, names) for tape in tapes)
+            base, donor = (adapter.read_block(t, layer, names) for t in (tape, other))
             _check_attention(adapter, base, layer)
 
-            def pattern(edits: dict[HookName, Edit], layer=layer, tape=tapes[0], every=every):
+            def pattern(edits: dict[HookName, Edit], layer=layer, tape=tape):
                 name = ("pattern", layer)
-                return adapter.read_block(tape, layer, every, [name], edits)[name]
+                return adapter.read_block(tape, layer, [name], edits)[name]
 
             turned = None
             if "q" in parts:
@@ -439,9 +426,8 @@ def knock_out(
     variants: list[Variant] = [
         tuple(Cut(layer, head, dest_mask, src_mask) for layer, head in group) for group in groups
     ]
-    values = run_variants(
-        model, prompts, variants, readout, progress=f"cut {dest} <- {src}" if progress else None
-    )
+    label = f"cut {dest} <- {src}" if progress else None
+    values = run_variants(model, prompts, variants, readout, run=clean, progress=label)
     chance = metric.chance(adapter.model.cfg.d_vocab)
     attrs = provenance(adapter) | prompts.provenance
     attrs |= {"corruption": "knockout", "dest": dest, "src": src, "metric": metric.name, "at": dest}
