@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
@@ -130,10 +131,15 @@ def provenance(adapter: Adapter) -> dict[str, Any]:
     return {
         "model": adapter.name,
         "model_class": type(adapter.model).__name__,
-        "tv_interp": version("tv-interp"),
-        "torch": version("torch"),
-        "transformer_lens": version("transformer-lens"),
+        "tv_interp": _version("tv-interp"),
+        "torch": _version("torch"),
+        "transformer_lens": _version("transformer-lens"),
     }
+
+
+@functools.cache
+def _version(package: str) -> str:
+    return version(package)  # reads and parses a file
 
 
 def all_heads(adapter: Adapter) -> list[Head]:

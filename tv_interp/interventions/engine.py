@@ -174,8 +174,16 @@ def _stage(change: Change) -> int:
     return change.site.layer + (change.site.component == "resid_post")
 
 
+def _layer(change: Change) -> int:
+    return change.layer if isinstance(change, Cut) else change.site.layer
+
+
 def _is_input(change: Change) -> bool:
     return isinstance(change, Patch) and change.site.component in INPUTS
+
+
+def _is_key(change: Change) -> bool:
+    return isinstance(change, Patch) and change.site.component in ("k", "v")
 
 
 def _is_local(change: Change) -> bool:
@@ -269,7 +277,7 @@ def respond(
     each = call_bytes(adapter, len(tokens), tape.n_pos + MOST_SLOTS) * len(batch.rows)
     size = max(1, min(size, int(batch.budget / 2 / each)))
     order = sorted(reaches, key=lambda i: reaches[i].first)
-    where = tokens.to(adapter.device)
+    where, places = tokens.to(adapter.device), Places(batch, tokens, "slots")
     for at in range(0, len(order), size):
         some = order[at : at + size]
         x, n = tape.resid[0][:, :0], 0
@@ -278,11 +286,11 @@ def respond(
             x = torch.cat([x, tape.resid[stage][:, where].repeat(1, new, 1)], 1)
             n += new
             active = [reaches[i].changes for i in some[:n]]
-            x = _with_inputs(batch, active, stage, x, tokens, side_by_side=True)
+            x = _with_inputs(places, active, stage, x)
             if stage == adapter.n_layers or not n:
                 continue
             layout = Layout.frozen(tokens, n)
-            edits, reads = _edits(batch, active, stage, layout, tokens, side_by_side=True)
+            edits, reads = _edits(places, active, stage, layout)
             x = call_groups(batch, stage, x, tokens, edits=edits, reads=reads)
             if responds is not None:
                 kept = tape.resid[stage + 1][:, where].repeat(1, n, 1)
@@ -368,7 +376,8 @@ def _suffixes(
     """Run variants that enter at the same layer and position, all tokens from there on."""
     adapter, tape = batch.adapter, batch.tape
     n_pos, n_rows = tape.n_pos, len(batch.rows)
-    layout, tokens = Layout.suffix(start, n_pos), torch.arange(start, n_pos)
+    layout = Layout.suffix(start, n_pos)
+    places = Places(batch, layout.tokens, "rows")
     size = batch.at_a_time(n_pos - start, n_pos)
     members = list(reaches)
     for at in range(0, len(members), size):
@@ -386,14 +395,14 @@ def _suffixes(
         if x is None:
             x = tape.resid[stage][source, start:]
         for layer in range(stage, adapter.n_layers):
-            x = _with_inputs(batch, changes, layer, x, tokens)
+            x = _with_inputs(places, changes, layer, x)
             if layer == adapter.n_layers - 1 and batch.run.replays.suffix and start < batch.last:
                 x = _last_layer(batch, changes, x, start, which)
             else:
-                edits, reads = _edits(batch, changes, layer, layout, tokens)
+                edits, reads = _edits(places, changes, layer, layout)
                 x = adapter.block(tape, layer, x, layout, rows=which, edits=edits, reads=reads)
-        x = x[:, -1:]
-        x = _with_inputs(batch, changes, adapter.n_layers, x, tokens[-1:])
+        end = Places(batch, layout.tokens[-1:], "rows")
+        x = _with_inputs(end, changes, adapter.n_layers, x[:, -1:])
         yield some, x.reshape(len(some), n_rows, -1).transpose(0, 1)
 
 
@@ -410,7 +419,7 @@ def _enter(
     for few in tokens.split(max(1, MOST_SLOTS // n)):
         layout = Layout.frozen(few, n)
         x = batch.tape.resid[layer][:, few.to(batch.adapter.device)].repeat(1, n, 1)
-        edits, reads = _edits(batch, changes, layer, layout, few, side_by_side=True)
+        edits, reads = _edits(Places(batch, few, "slots"), changes, layer, layout)
         out = batch.adapter.block(batch.tape, layer, x, layout, edits=edits, reads=reads)
         yield few, out.view(n_rows, n, len(few), -1).transpose(0, 1).flatten(0, 1)
 
@@ -421,13 +430,12 @@ def _last_layer(
     """Run the last layer: keys and values of the suffix, and the last token."""
     adapter, tape = batch.adapter, batch.tape
     layer, n_pos = adapter.n_layers - 1, tape.n_pos
-    before, last = torch.arange(start, n_pos - 1), torch.tensor([n_pos - 1])
-    own = Layout(torch.arange(0), before)
-    edits, _ = _edits(batch, changes, layer, own, before, only=("k", "v"))
+    own = Layout(torch.arange(0), torch.arange(start, n_pos - 1))
+    edits, _ = _edits(Places(batch, own.tokens, "rows"), changes, layer, own, _is_key)
     fresh = adapter.block(tape, layer, x[:, :-1], own, edits=edits, until="keys")
     front = adapter.behind(tape, layer, start, which, fresh)
     layout = Layout.suffix(n_pos - 1, n_pos)
-    edits, reads = _edits(batch, changes, layer, layout, last)
+    edits, reads = _edits(Places(batch, layout.tokens, "rows"), changes, layer, layout)
     return adapter.block(tape, layer, x[:, -1:], layout, front=front, edits=edits, reads=reads)
 
 
@@ -437,7 +445,8 @@ def _forwards(
     """Run variants as full forward passes."""
     adapter, n_pos = batch.adapter, batch.tape.n_pos
     tokens = batch.run.prompts.tokens[batch.rows, :n_pos]
-    everywhere, layout = torch.arange(n_pos), Layout.suffix(0, n_pos)
+    layout = Layout.suffix(0, n_pos)
+    places = Places(batch, layout.tokens, "rows")
     members = list(reaches)
     size = batch.at_a_time(n_pos, n_pos)
     for at in range(0, len(members), size):
@@ -446,7 +455,7 @@ def _forwards(
         edits: dict[HookName, Edit] = {}
         reads: dict[HookName, Read] = {}
         for layer in adapter.layers:
-            more = _edits(batch, changes, layer, layout, everywhere, inputs_as_hooks=True)
+            more = _edits(places, changes, layer, layout, lambda change: True)
             edits, reads = edits | more[0], reads | more[1]
         logits = adapter.run(tokens.repeat(len(some), 1), edits, reads)
         values = readout(logits, batch.rows.repeat(len(some))).cpu()
@@ -474,75 +483,105 @@ def _values(
 # ----------------------------------------------------------------- from changes to edited tensors
 
 
-def _with_inputs(
-    batch: Batch,
-    changes: Sequence[Variant],
-    stage: int,
-    x: Tensor,
-    tokens: Tensor,
-    *,
-    side_by_side: bool = False,
-) -> Tensor:
+class Places:
+    """Where the tokens of a batch are in what a block is called on.
+
+    Attributes:
+        batch: The prompts.
+        tokens: Positions that each variant has there, ascending.
+        beside: Whether variants are side by side in the position axis, or stacked in the batch
+            axis.
+    """
+
+    def __init__(self, batch: Batch, tokens: Tensor, beside: Literal["slots", "rows"]) -> None:
+        """Look at one layout."""
+        self.batch, self.tokens, self.beside = batch, tokens, beside
+        self._slot_of = torch.full((batch.tape.n_pos,), -1)
+        self._slot_of[tokens] = torch.arange(len(tokens))
+        self._known: dict[tuple[str, int | None], tuple[Tensor, Tensor, Tensor | None]] = {}
+
+    def of(self, patch: Patch, number: int) -> tuple[Tensor, ...]:
+        """Get rows, slots, heads (where it is of one) and values of a variant's patch, flat."""
+        batch, key = self.batch, (patch.site.role, patch.site.demo)
+        positions, value = batch.positions(*key), patch.value[batch.rows]
+        value = value if value.ndim == 3 else value[:, None]
+        if value.shape[:2] != positions.shape:
+            raise PromptError(
+                f"patch at {patch.site} has values for {tuple(value.shape[:2])} prompts and "
+                f"demonstrations, the prompts have {tuple(positions.shape)}"
+            )
+        if key not in self._known:
+            slot = self._slot_of[positions]
+            row, here = torch.arange(len(slot))[:, None].expand_as(slot), slot >= 0
+            self._known[key] = row[here], slot[here], None if here.all() else here
+        row, slot, here = self._known[key]
+        if self.beside == "slots":
+            slot = slot + number * len(self.tokens)
+        else:
+            row = row + number * len(batch.rows)
+        head = () if patch.site.head is None else (torch.full_like(row, patch.site.head),)
+        value = value.flatten(0, 1) if here is None else value[here.to(value.device)]
+        return row, slot, *head, value
+
+    def cut(
+        self, cut: Cut, number: int, layout: Layout, mask: Bool[Tensor, "row head slot key"]
+    ) -> None:
+        """Mark in a mask what a variant's cut takes away."""
+        rows, n_rows, n = self.batch.rows, len(self.batch.rows), len(self.tokens)
+        dest, src = cut.dest[rows][:, self.tokens], cut.src[rows][:, layout.keys]
+        row, slot = slice(None), slice(None)
+        if self.beside == "slots":
+            slot = slice(number * n, (number + 1) * n)
+        else:
+            row = slice(number * n_rows, (number + 1) * n_rows)
+        mask[row, cut.head, slot] |= dest[:, :, None] & src[:, None]
+
+
+def _with_inputs(places: Places, changes: Sequence[Variant], stage: int, x: Tensor) -> Tensor:
     """Change the residual stream that goes into a layer."""
-    places: dict[str, list[tuple[Tensor, ...]]] = defaultdict(list)
+    modes: dict[str, list[tuple[Tensor, ...]]] = defaultdict(list)
     for i, variant in enumerate(changes):
         for change in variant:
             if _is_input(change) and _stage(change) == stage:
                 assert isinstance(change, Patch)
-                places[change.mode].append(_slots(batch, change, i, tokens, side_by_side))
-    return _patcher(batch.adapter, places)(x) if places else x
+                modes[change.mode].append(places.of(change, i))
+    return _patcher(places.batch.adapter, modes)(x) if modes else x
 
 
 def _edits(
-    batch: Batch,
+    places: Places,
     changes: Sequence[Variant],
     layer: int,
     layout: Layout,
-    tokens: Tensor,
-    *,
-    side_by_side: bool = False,
-    inputs_as_hooks: bool = False,
-    only: tuple[str, ...] | None = None,
+    only: Callable[[Change], bool] = lambda change: not _is_input(change),
 ) -> tuple[dict[HookName, Edit], dict[HookName, Read]]:
     """Gather the changes of variants within one layer into one edit for each hook point.
 
     Args:
-        batch: The prompts.
-        changes: The variants, stacked in the batch axis or side by side in the position axis.
+        places: Where the variants' tokens are.
+        changes: The variants.
         layer: The layer.
         layout: What its block is called on.
-        tokens: Positions that each variant has there.
-        side_by_side: Whether variants are in the position axis.
-        inputs_as_hooks: Whether the residual stream is changed here too.
-        only: Components that are changed; None for all.
+        only: Which changes are meant; the residual stream is changed elsewhere.
     """
-    adapter, n_rows = batch.adapter, len(batch.rows)
+    adapter = places.batch.adapter
     gathered: dict[HookName, dict[str, list[tuple[Tensor, ...]]]] = {}
     cut: Tensor | None = None
     for i, variant in enumerate(changes):
         for change in variant:
-            if isinstance(change, Cut):
-                if change.layer != layer or only is not None:
-                    continue
-                if cut is None:
-                    height = n_rows if side_by_side else n_rows * len(changes)
-                    shape = (height, adapter.n_heads, len(layout.tokens), len(layout.keys))
-                    cut = torch.zeros(shape, dtype=torch.bool)
-                dest = change.dest[batch.rows][:, tokens]
-                src = change.src[batch.rows][:, layout.keys]
-                here = slice(None) if side_by_side else slice(i * n_rows, (i + 1) * n_rows)
-                slots = (
-                    slice(i * len(tokens), (i + 1) * len(tokens)) if side_by_side else slice(None)
-                )
-                cut[here, change.head, slots] |= dest[:, :, None] & src[:, None]
+            if not only(change) or layer != _layer(change):
                 continue
-            component = change.site.component
-            if change.site.layer != layer or (only is not None and component not in only):
+            if isinstance(change, Patch):
+                name = (change.site.component, layer)
+                modes = gathered.setdefault(name, defaultdict(list))
+                modes[change.mode].append(places.of(change, i))
                 continue
-            if component in INPUTS and not inputs_as_hooks:
-                continue
-            modes = gathered.setdefault((component, layer), defaultdict(list))
-            modes[change.mode].append(_slots(batch, change, i, tokens, side_by_side))
+            if cut is None:
+                n_rows = len(places.batch.rows)
+                n_rows *= 1 if places.beside == "slots" else len(changes)
+                shape = (n_rows, adapter.n_heads, len(layout.tokens), len(layout.keys))
+                cut = torch.zeros(shape, dtype=torch.bool)
+            places.cut(change, i, layout, cut)
     edits: dict[HookName, Edit] = {
         name: _patcher(adapter, modes) for name, modes in gathered.items()
     }
@@ -552,32 +591,6 @@ def _edits(
         edits["attn_scores", layer] = _cutter(adapter, cut)
         reads["pattern", layer] = _check_cut(adapter, cut)
     return edits, reads
-
-
-def _slots(
-    batch: Batch, patch: Patch, number: int, tokens: Tensor, side_by_side: bool
-) -> tuple[Tensor, ...]:
-    """Get rows, slots, heads (where it is of one) and values of a patch, flat."""
-    positions = batch.positions(patch.site.role, patch.site.demo)
-    value = patch.value[batch.rows]
-    value = value if value.ndim == 3 else value[:, None]
-    if value.shape[:2] != positions.shape:
-        raise PromptError(
-            f"patch at {patch.site} has values for {tuple(value.shape[:2])} prompts and "
-            f"demonstrations, the prompts have {tuple(positions.shape)}"
-        )
-    slot_of = torch.full((batch.tape.n_pos,), -1)
-    slot_of[tokens] = torch.arange(len(tokens))
-    slot = slot_of[positions]
-    row = torch.arange(len(batch.rows))[:, None].expand_as(slot)
-    here = slot >= 0
-    row, slot, value = row[here], slot[here], value[here.to(value.device)]
-    if side_by_side:
-        slot = slot + number * len(tokens)
-    else:
-        row = row + number * len(batch.rows)
-    head = () if patch.site.head is None else (torch.full_like(row, patch.site.head),)
-    return row, slot, *head, value
 
 
 def _patcher(adapter: Adapter, modes: dict[str, list[tuple[Tensor, ...]]]) -> Edit:

@@ -253,36 +253,43 @@ def not_finite(adapter: Adapter, what: str) -> ModelError:
 def probe_replays(adapter: Adapter, tape: Tape) -> Replays:
     """Test on one prompt what blocks called again give, against the recorded logits.
 
-    From a middle layer on: at all tokens, at the second half of them, and at two groups of that
-    half side by side. What differs is done another way later; a warning says so where that is slow.
+    From a middle layer on: two groups of the second half of the tokens side by side. Where that
+    differs: that half alone, then all tokens. What cannot be done is done another way later; a
+    warning says so where that is slow.
     """
     n, middle = tape.n_pos, adapter.n_layers // 2
     expected = tape.logits[0][:1].float()
     tolerance = 0.02 if adapter.dtype in (torch.bfloat16, torch.float16) else 1e-4
+    pick = torch.stack([expected[0].argmax(), expected[0].argmin()])[None]
 
-    def ends_right(layout: Layout, n_groups: int = 1, pick: Tensor | None = None) -> bool:
+    def ends_right(layout: Layout, n_groups: int = 1) -> dict[str, bool]:
         x = tape.resid[middle][:1, layout.tokens.to(adapter.device)]
         row = torch.zeros(1, dtype=torch.long)
         try:
             for layer in adapter.layers[middle:]:
                 x = adapter.block(tape, layer, x, layout, rows=row)
             each = x.shape[1] // n_groups
-            logits = adapter.logits(x[:, each - 1 :: each], pick)[0].float()
+            whole = adapter.logits(x[:, each - 1 :: each])[0].float()
+            picked = adapter.logits(x[:, each - 1 :: each], pick)[0].float()
         except Exception:  # any failure of a block called by itself means another way
-            return False
-        wanted = expected if pick is None else expected[:, pick[0].to(expected.device)]
-        return bool((logits - wanted).abs().max() <= tolerance * (1 + expected.abs().max()))
+            return {}
+        most = tolerance * (1 + expected.abs().max())
+        right = bool((whole - expected).abs().max() <= most)
+        picks = bool((picked - expected[:, pick[0]]).abs().max() <= most)
+        return {"layers": True, "picks": picks} if right else {}
 
-    whole = Layout.suffix(0, n)
     half = torch.arange(n // 2, n)
-    if len(tape.resid) != adapter.n_layers + 1 or not ends_right(whole):
-        warnings.warn(
-            f"the blocks of {adapter.name} cannot be run from a middle layer exactly, so every "
-            "intervention takes a full forward pass: the numbers are the same, only slower",
-            stacklevel=5,
-        )
-        return Replays()
-    picks = ends_right(whole, 1, torch.stack([expected[0].argmax(), expected[0].argmin()])[None])
-    suffix = tape.has_keys and ends_right(Layout.suffix(n // 2, n))
-    groups = suffix and adapter.shares_keys and ends_right(Layout.frozen(half, 2), 2)
-    return Replays(True, suffix, groups, picks)
+    if len(tape.resid) == adapter.n_layers + 1:
+        if tape.has_keys:
+            if adapter.shares_keys and (right := ends_right(Layout.frozen(half, 2), 2)):
+                return Replays(suffix=True, groups=True, **right)
+            if right := ends_right(Layout.suffix(n // 2, n)):
+                return Replays(suffix=True, **right)
+        if right := ends_right(Layout.suffix(0, n)):
+            return Replays(**right)
+    warnings.warn(
+        f"the blocks of {adapter.name} cannot be run from a middle layer exactly, so every "
+        "intervention takes a full forward pass: the numbers are the same, only slower",
+        stacklevel=5,
+    )
+    return Replays()
