@@ -11,8 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .analysis.find import HeadReport, find_heads
-    from .analysis.heads import knock_out, patch_heads, patch_sources, patch_together
+    from .analysis.heads import (
+        knock_out,
+        patch_heads,
+        patch_local_paths,
+        patch_sources,
+        patch_together,
+    )
+    from .analysis.interactions import patch_interactions
     from .analysis.paths import patch_paths
+    from .analysis.positions import patch_positions
+    from .analysis.ranking import HeadRanking, rank_heads
     from .errors import TvInterpError
     from .interventions import Cut, Edge, Patch, Recorded, Site, record, run_variants
     from .models.load import load_model
@@ -25,9 +34,14 @@ _HOME = {
     "find_heads": ".analysis.find",
     "knock_out": ".analysis.heads",
     "patch_heads": ".analysis.heads",
+    "patch_local_paths": ".analysis.heads",
     "patch_sources": ".analysis.heads",
     "patch_together": ".analysis.heads",
+    "patch_interactions": ".analysis.interactions",
     "patch_paths": ".analysis.paths",
+    "patch_positions": ".analysis.positions",
+    "HeadRanking": ".analysis.ranking",
+    "rank_heads": ".analysis.ranking",
     "TvInterpError": ".errors",
     "Cut": ".interventions",
     "Edge": ".interventions",
@@ -53,6 +67,7 @@ __all__ = [  # noqa: PLE0604
     "Contrast",
     "Cut",
     "Edge",
+    "HeadRanking",
     "HeadReport",
     "Metric",
     "Patch",
@@ -70,9 +85,13 @@ __all__ = [  # noqa: PLE0604
     "load_model",
     "make_prompts",
     "patch_heads",
+    "patch_interactions",
+    "patch_local_paths",
     "patch_paths",
+    "patch_positions",
     "patch_sources",
     "patch_together",
+    "rank_heads",
     "record",
     "run_variants",
     "write_report",

@@ -76,13 +76,20 @@ class Experiment:
         sign = 1 if direction == "denoise" else -1
         self.total = sign * (self.readout(self.donor.logits, rows) - self.base_value)
 
-    def effects(self, variants: Sequence[Variant], progress: str | None = None) -> np.ndarray:
-        """Run the base under each variant: effects ``[prompt, variant]``."""
+    def effects(
+        self,
+        variants: Sequence[Variant],
+        progress: str | None = None,
+        *,
+        others: Literal["respond", "frozen"] = "respond",
+    ) -> np.ndarray:
+        """Run the base under each variant: effects ``[prompt, variant]``; see `run_variants`."""
         values = run_variants(
             self.model,
             self.base.prompts,
             variants,
             self.readout,
+            others=others,
             run=self.base,
             max_memory=self.recorded.max_memory,
             progress=progress,

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..errors import ModelError, PromptError, TvInterpError, unknown
 from ..interventions.engine import check_layers, run_variants
-from ..interventions.recording import Recorded, record_run
+from ..interventions.recording import Recorded, check_memory, record_run
 from ..interventions.sites import Cut, Head, Patch, Site, Variant
 from ..models.adapter import Adapter, Edit, HookName
 from ..prompts import Contrast, Prompts
@@ -92,6 +92,52 @@ def patch_heads(
         return run.scores(effects[..., 0], ("layer", "head"), coords, demos=demos)
     return run.scores(
         effects, ("layer", "head", "demo"), coords | {"demo": np.array(each)}, demos=demos
+    )
+
+
+def patch_local_paths(
+    model: Any,
+    contrast: Contrast,
+    *,
+    at: str = "answer",
+    direction: Direction = "denoise",
+    metric: str | Metric = "logit_diff",
+    recorded: Recorded | None = None,
+    progress: bool = False,
+) -> Scores:
+    """Measure how much of what each head writes at a role reaches the last token directly.
+
+    The **local path effect**: as the write effect, but every token other than those of the role
+    and the last one stays as it was, so what the head wrote cannot travel through them. It is
+    another quantity than the write effect, not a faster way to it (the two correlated by -.6 on
+    one random model).
+
+    Args:
+        model: As in `patch_heads`.
+        contrast: As in `patch_heads`.
+        at: As in `patch_heads`.
+        direction: As in `patch_heads`.
+        metric: As in `patch_heads`.
+        recorded: As in `patch_heads`.
+        progress: As in `patch_heads`.
+
+    Returns:
+        Scores over ``(prompt, layer, head)`` with ``effect="local path"`` in their attributes.
+
+    Raises:
+        ModelError: if the model's blocks cannot be called by themselves; and as `patch_heads`.
+    """
+    run = Experiment(model, contrast, recorded, direction, metric, at)
+    z, heads = run.donor.z_at(at), all_heads(run.adapter)
+    variants = [(Patch(Site(la, h, "z", at), z[:, la, ..., h, :]),) for la, h in heads]
+    label = f"local {direction} {at}" if progress else None
+    effects = run.effects(variants, label, others="frozen")
+    n_layers, n_heads = run.adapter.n_layers, run.adapter.n_heads
+    return run.scores(
+        effects.reshape(len(contrast), n_layers, n_heads),
+        ("layer", "head"),
+        {"layer": np.arange(n_layers), "head": np.arange(n_heads)},
+        effect="local path",
     )
 
 
@@ -378,6 +424,7 @@ def knock_out(
     sets: Mapping[str, Iterable[Site | Head]] | None = None,
     demos: Sequence[int] | None = None,
     metric: str | Metric = "logit_diff",
+    max_memory: float | None = None,
     progress: bool = False,
 ) -> Scores:
     """Cut attention from one role to another, head by head or for sets of heads.
@@ -394,6 +441,7 @@ def knock_out(
             effect 0.
         demos: Cut only what is in these demonstrations, for a src of demonstrations; None for all.
         metric: Name of a metric; ``kl`` compares with the run that is not cut.
+        max_memory: As in `record`.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -408,7 +456,8 @@ def knock_out(
     """
     adapter = Adapter.of(model)
     metric = get_metric(metric)
-    clean = record_run(adapter, prompts)
+    budget = check_memory(max_memory)
+    clean = record_run(adapter, prompts, max_memory=budget)
     readout = metric.readout(Targets.of(prompts, clean.logits if metric.name == "kl" else None))
     value = readout(clean.logits, torch.arange(len(prompts)))
     dest_mask, src_mask = prompts.mask(dest), prompts.mask(src)
@@ -427,7 +476,9 @@ def knock_out(
         tuple(Cut(layer, head, dest_mask, src_mask) for layer, head in group) for group in groups
     ]
     label = f"cut {dest} <- {src}" if progress else None
-    values = run_variants(model, prompts, variants, readout, run=clean, progress=label)
+    values = run_variants(
+        model, prompts, variants, readout, run=clean, max_memory=budget, progress=label
+    )
     chance = metric.chance(adapter.model.cfg.d_vocab)
     attrs = provenance(adapter) | prompts.provenance
     attrs |= {"corruption": "knockout", "dest": dest, "src": src, "metric": metric.name, "at": dest}

@@ -165,7 +165,7 @@ class _Messages:
     def __init__(self, batch: Batch, role: str, values: Tensor, through: Through) -> None:
         """Keep a batch, the donor's head outputs at the senders' role, and the way."""
         self.batch, self.through = batch, through
-        self.places = batch.positions(role)
+        self.places = batch.places(role)
         self.values = values if values.ndim == 5 else values[:, :, None]
         self.own = torch.zeros(len(batch.rows), batch.tape.n_pos, dtype=torch.bool)
         self.own.scatter_(1, self.places, True)

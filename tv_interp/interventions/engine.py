@@ -54,6 +54,7 @@ def run_variants(
     variants: Sequence[Variant],
     readout: Readout,
     *,
+    others: Literal["respond", "frozen"] = "respond",
     run: Run | None = None,
     max_memory: float | None = None,
     progress: str | None = None,
@@ -65,6 +66,8 @@ def run_variants(
         prompts: What to run.
         variants: The interventions; an empty variant is the plain run.
         readout: From logits and prompt numbers to one number each.
+        others: Whether tokens that a variant does not change respond to it, or stay as recorded;
+            the last token always responds.
         run: The plain run of these prompts, where it has been recorded.
         max_memory: Bytes that one step may take; None for 2 GiB. Decides memory and speed only.
         progress: Label of a progress bar; None for none.
@@ -86,7 +89,7 @@ def run_variants(
     with bar:
         for rows, tape in run.tapes():
             batch = Batch(run, rows, tape, budget)
-            for some, values in _run_batch(batch, variants, readout):
+            for some, values in _run_batch(batch, variants, readout, others):
                 if not out.numel():
                     out = torch.empty(len(variants), len(prompts), dtype=values.dtype)
                 out[torch.tensor(some)[:, None], rows] = values
@@ -119,20 +122,27 @@ class Batch:
     def _positions(self) -> dict[tuple[str, int | None], Tensor]:
         return {}
 
-    def positions(self, role: str, demo: int | None = None) -> Int[Tensor, "row demo"]:
-        """Get the positions of a role, one column for roles outside of demonstrations."""
-        if (role, demo) not in self._positions:
-            found = self.run.prompts.positions(role)[self.rows]
-            found = found if demo is None else found[:, demo]
-            self._positions[role, demo] = found if found.ndim == 2 else found[:, None]
-        return self._positions[role, demo]
+    def positions(self, patch: Patch) -> Int[Tensor, "row place"]:
+        """Get the positions of a patch, one column for roles outside of demonstrations."""
+        if patch.positions is not None:
+            return patch.positions[self.rows]
+        key = (patch.site.role, patch.site.demo)
+        if key not in self._positions:
+            self._positions[key] = self.places(*key)
+        return self._positions[key]
+
+    def places(self, role: str, demo: int | None = None) -> Int[Tensor, "row demo"]:
+        """Get the last tokens of a role, one column for roles outside of demonstrations."""
+        found = self.run.prompts.positions(role)[self.rows]
+        found = found if demo is None else found[:, demo]
+        return found if found.ndim == 2 else found[:, None]
 
     def touches(self, change: Change) -> Bool[Tensor, "row pos"]:
         """Mark the tokens at which something is changed."""
         if isinstance(change, Cut):
             return change.dest[self.rows, : self.tape.n_pos]
         mask = torch.zeros(len(self.rows), self.tape.n_pos, dtype=torch.bool)
-        return mask.scatter(1, self.positions(change.site.role, change.site.demo), True)
+        return mask.scatter(1, self.positions(change), True)
 
     def at_a_time(self, n_slots: int, n_keys: int) -> int:
         """Get how many variants one call may stack, each over all rows."""
@@ -217,6 +227,8 @@ def _reaches(batch: Batch, variants: Sequence[Variant]) -> list[Reach]:
 def _place(change: Change) -> Any:
     if isinstance(change, Cut):
         return id(change.dest)
+    if change.positions is not None:
+        return id(change.positions)
     return change.site.role, change.site.demo
 
 
@@ -224,7 +236,10 @@ def _place(change: Change) -> Any:
 
 
 def _run_batch(
-    batch: Batch, variants: Sequence[Variant], readout: Readout
+    batch: Batch,
+    variants: Sequence[Variant],
+    readout: Readout,
+    others: Literal["respond", "frozen"],
 ) -> Iterator[tuple[list[int], Float[Tensor, "variant row"]]]:
     """Run all variants on one batch of prompts, some at a time: their numbers and values."""
     reaches = _reaches(batch, variants)
@@ -233,6 +248,8 @@ def _run_batch(
     for i, reach in enumerate(reaches):
         if not reach.changes:
             groups["plain"].append(i)
+        elif others == "frozen":
+            groups[frozenset(map(_place, reach.changes))].append(i)
         elif not can.layers:
             groups["forward"].append(i)
         elif can.groups and reach.start == batch.last:
@@ -246,32 +263,24 @@ def _run_batch(
             yield members, value.expand(len(members), -1)
         elif key == "forward":
             yield from _forwards(batch, changes, readout)
-        elif key == "last":
-            token = torch.tensor([batch.last])
-            for some, resid in respond(batch, changes, token):
+        elif key == "last" or others == "frozen":
+            for some, resid in _respond(batch, changes):
                 yield some, _values(batch, resid, readout)
         else:
             for some, resid in _suffixes(batch, changes, *key):
                 yield some, _values(batch, resid, readout)
 
 
-def respond(
-    batch: Batch,
-    reaches: dict[int, Reach],
-    tokens: Int[Tensor, " token"],
-    responds: Bool[Tensor, "row token"] | None = None,
+def _respond(
+    batch: Batch, reaches: dict[int, Reach]
 ) -> Iterator[tuple[list[int], Float[Tensor, "row variant d_model"]]]:
-    """Run variants in which some tokens respond and all others stay as recorded.
-
-    Args:
-        batch: Prompts and their recorded run.
-        reaches: The variants, by number.
-        tokens: Positions that respond in any of the prompts, ascending; the last token is one.
-        responds: Where only some of these respond, prompt by prompt; None for all.
-
-    Yields:
-        Numbers of variants, and the last block's output at the last token.
-    """
+    """Run variants that change the same tokens: these and the last respond, others are frozen."""
+    own = torch.zeros(len(batch.rows), batch.tape.n_pos, dtype=torch.bool)
+    own[:, -1] = True
+    for change in next(iter(reaches.values())).changes:
+        own |= batch.touches(change)
+    tokens = own.any(0).nonzero()[:, 0]
+    responds = own[:, tokens]  # tokens may differ from prompt to prompt
     adapter, tape = batch.adapter, batch.tape
     size = max(1, MOST_SLOTS // len(tokens))
     each = call_bytes(adapter, len(tokens), tape.n_pos + MOST_SLOTS) * len(batch.rows)
@@ -292,7 +301,7 @@ def respond(
             layout = Layout.frozen(tokens, n)
             edits, reads = _edits(places, active, stage, layout)
             x = call_groups(batch, stage, x, tokens, edits=edits, reads=reads)
-            if responds is not None:
+            if not responds.all():
                 kept = tape.resid[stage + 1][:, where].repeat(1, n, 1)
                 mask = responds.repeat(1, n)[..., None].to(adapter.device)
                 x = torch.where(mask, x, kept)
@@ -498,12 +507,12 @@ class Places:
         self.batch, self.tokens, self.beside = batch, tokens, beside
         self._slot_of = torch.full((batch.tape.n_pos,), -1)
         self._slot_of[tokens] = torch.arange(len(tokens))
-        self._known: dict[tuple[str, int | None], tuple[Tensor, Tensor, Tensor | None]] = {}
+        self._known: dict[Any, tuple[Tensor, Tensor, Tensor | None]] = {}
 
     def of(self, patch: Patch, number: int) -> tuple[Tensor, ...]:
         """Get rows, slots, heads (where it is of one) and values of a variant's patch, flat."""
-        batch, key = self.batch, (patch.site.role, patch.site.demo)
-        positions, value = batch.positions(*key), patch.value[batch.rows]
+        batch, key = self.batch, _place(patch)
+        positions, value = batch.positions(patch), patch.value[batch.rows]
         value = value if value.ndim == 3 else value[:, None]
         if value.shape[:2] != positions.shape:
             raise PromptError(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..errors import ModelError, PromptError, TvInterpError
@@ -62,9 +62,11 @@ class Run:
         for rows, tape in self.kept:
             yield rows, self._tape(rows) if tape is None else tape
 
-    def z_at(self, role: str) -> Float[Tensor, "prompt layer *demo head d_head"]:
-        """Get the head outputs at the last token of a role's spans, on the CPU."""
-        positions = self.prompts.positions(role)
+    def z_at(
+        self, at: str | Int[Tensor, "prompt demo"]
+    ) -> Float[Tensor, "prompt layer *demo head d_head"]:
+        """Get the head outputs at the last token of a role's spans, or at positions; on the CPU."""
+        positions = self.prompts.positions(at) if isinstance(at, str) else at
         parts = []
         for rows, tape in self.tapes():
             where = positions[rows].to(tape.resid[0].device)
