@@ -19,7 +19,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..errors import ModelError, unknown
@@ -264,6 +264,28 @@ class Adapter:
         kept = (_some(_some(t[layer], axis, before), 0, rows) for t in recorded)
         keys, values = (torch.cat(both, axis) for both in zip(kept, fresh, strict=True))
         return keys, values
+
+    def exchanged(
+        self,
+        tape: Tape,
+        other: Tape,
+        layer: int,
+        layout: Layout,
+        mask: Bool[Tensor, "row pos"],
+    ) -> tuple[Tensor, Tensor]:
+        """Get the keys and values in front of a layout, the marked keys from another run."""
+        axis = 2 if self._is_bridge else 1
+        ours, theirs, values = (
+            _some(kept[layer], axis, layout.front) for kept in (tape.keys, other.keys, tape.values)
+        )
+        marked = mask[:, layout.front.to(mask.device)]
+        marked = marked[:, None, :, None] if self._is_bridge else marked[:, :, None, None]
+        return torch.where(marked, theirs, ours), values
+
+    def recorded_values(self, tape: Tape, layer: int) -> Float[Tensor, "row pos kv_head d_head"]:
+        """Get the values of a recorded run."""
+        values = tape.values[layer]
+        return values.transpose(1, 2) if self._is_bridge else values
 
     def logits(
         self,
