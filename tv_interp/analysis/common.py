@@ -91,7 +91,7 @@ class Experiment:
             self.readout,
             others=others,
             run=self.base,
-            max_memory=self.recorded.max_memory,
+            max_memory=self.base.max_memory,
             progress=progress,
         )
         change = values - self.base_value

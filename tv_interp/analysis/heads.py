@@ -23,9 +23,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..errors import ModelError, PromptError, TvInterpError, unknown
+from ..errors import ModelError, PromptError, ScoreError, TvInterpError, unknown
 from ..interventions.engine import check_layers, run_variants
-from ..interventions.recording import Recorded, Run, check_memory, record_run
+from ..interventions.recording import Recorded, Run, record_run
 from ..interventions.sites import Cut, Head, Patch, Site, Variant
 from ..models.adapter import Adapter, Edit, HookName
 from ..models.replay import Layout, Tape
@@ -469,7 +469,7 @@ def knock_out(
     sets: Mapping[str, Iterable[Site | Head]] | None = None,
     demos: Sequence[int] | None = None,
     metric: str | Metric = "logit_diff",
-    max_memory: float | None = None,
+    recorded: Run | None = None,
     progress: bool = False,
 ) -> Scores:
     """Cut attention from one role to another, head by head or for sets of heads.
@@ -486,7 +486,8 @@ def knock_out(
             effect 0.
         demos: Cut only what is in these demonstrations, for a src of demonstrations; None for all.
         metric: Name of a metric; ``kl`` compares with the run that is not cut.
-        max_memory: As in `record`.
+        recorded: The run of these prompts, such as ``record(model, contrast).clean``; None
+            records it.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -501,8 +502,12 @@ def knock_out(
     """
     adapter = Adapter.of(model)
     metric = get_metric(metric)
-    budget = check_memory(max_memory)
-    clean = record_run(adapter, prompts, max_memory=budget)
+    clean = recorded if recorded is not None else record_run(adapter, prompts)
+    if clean.prompts is not prompts or clean.adapter.model is not model:
+        raise ScoreError(
+            "recorded= belongs to another model or other prompts: take it from "
+            "record(model, contrast).clean for knock_out(model, contrast.clean)"
+        )
     readout = metric.readout(Targets.of(prompts, clean.logits if metric.name == "kl" else None))
     value = readout(clean.logits, torch.arange(len(prompts)))
     dest_mask, src_mask = prompts.mask(dest), prompts.mask(src)
@@ -522,7 +527,7 @@ def knock_out(
     ]
     label = f"cut {dest} <- {src}" if progress else None
     values = run_variants(
-        model, prompts, variants, readout, run=clean, max_memory=budget, progress=label
+        model, prompts, variants, readout, run=clean, max_memory=clean.max_memory, progress=label
     )
     chance = metric.chance(adapter.model.cfg.d_vocab)
     attrs = provenance(adapter) | prompts.provenance

@@ -142,7 +142,7 @@ def _receive(
     }
     values = run.donor.z_at(pairs[0][0].role)
     for rows, tape in run.base.tapes():
-        batch = Batch(run.base, rows, tape, run.recorded.max_memory)
+        batch = Batch(run.base, rows, tape, run.base.max_memory)
         messages = _Messages(batch, pairs[0][0].role, values[rows].to(adapter.device), through)
         sent = messages.send({s: max(la for t, la in receivers_of if t == s) for s, _ in pairs})
         for layer, senders in senders_of.items():

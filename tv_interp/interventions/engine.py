@@ -88,7 +88,7 @@ def run_variants(
     )
     with bar:
         for rows, tape in run.tapes():
-            batch = Batch(run, rows, tape, budget)
+            batch = Batch(run, rows, tape, budget / 2)
             for some, values in _run_batch(batch, variants, readout, others):
                 if not out.numel():
                     out = torch.empty(len(variants), len(prompts), dtype=values.dtype)
@@ -147,7 +147,7 @@ class Batch:
     def at_a_time(self, n_slots: int, n_keys: int) -> int:
         """Get how many variants one call may stack, each over all rows."""
         each = call_bytes(self.adapter, n_slots, n_keys) * len(self.rows)
-        most = self.budget / 2 / each
+        most = self.budget / each
         if self.adapter.device.type == "cpu":
             hidden = len(self.rows) * n_slots * self.adapter.d_mlp * self.adapter.dtype.itemsize
             most = min(most, CACHE / hidden)
@@ -284,7 +284,7 @@ def _respond(
     adapter, tape = batch.adapter, batch.tape
     size = max(1, MOST_SLOTS // len(tokens))
     each = call_bytes(adapter, len(tokens), tape.n_pos + MOST_SLOTS) * len(batch.rows)
-    size = max(1, min(size, int(batch.budget / 2 / each)))
+    size = max(1, min(size, int(batch.budget / each)))
     order = sorted(reaches, key=lambda i: reaches[i].first)
     where, places = tokens.to(adapter.device), Places(batch, tokens, "slots")
     for at in range(0, len(order), size):
@@ -482,7 +482,7 @@ def _values(
         return readout.of_tokens(logits.flatten(0, 1)).view(-1, n).T  # type: ignore[attr-defined]
     bytes_each = len(rows) * adapter.model.cfg.d_vocab * adapter.dtype.itemsize * 4
     out = []
-    for some in resid.split(max(1, int(batch.budget / 2 / bytes_each)), 1):
+    for some in resid.split(max(1, int(batch.budget / bytes_each)), 1):
         logits = adapter.logits(some).transpose(0, 1)
         values = readout(logits.flatten(0, 1), rows.repeat(some.shape[1])).cpu()
         out.append(values.view(some.shape[1], -1))

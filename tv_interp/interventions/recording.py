@@ -49,6 +49,7 @@ class Run:
         replays: What can be computed again from it.
         kept: Row numbers of each batch of equal length, and what its forward pass left behind; None
             where that does not fit in memory and is computed again when it is needed.
+        max_memory: Bytes that it may take, and one step of a sweep.
     """
 
     adapter: Adapter
@@ -56,6 +57,7 @@ class Run:
     logits: Float[Tensor, "prompt vocab"]
     replays: Replays
     kept: tuple[tuple[Tensor, Tape | None], ...]
+    max_memory: float = MEMORY
 
     def tapes(self) -> Iterator[tuple[Tensor, Tape]]:
         """Go through the batches: row numbers, and what the forward pass left behind."""
@@ -90,14 +92,12 @@ class Recorded:
         contrast: What was run.
         clean: The clean run.
         corrupted: The corrupted run.
-        max_memory: Bytes that the two runs may take, and one step of a sweep.
     """
 
     model: Any
     contrast: Contrast
     clean: Run
     corrupted: Run
-    max_memory: float = MEMORY
 
     def sides(self, direction: str) -> tuple[Run, Run]:
         """Get (base, donor): denoising patches clean into corrupted, noising the reverse."""
@@ -112,9 +112,9 @@ def record(model: Any, contrast: Contrast, *, max_memory: float | None = None) -
     Args:
         model: A HookedTransformer or TransformerBridge in eval mode.
         contrast: Clean and corrupted prompts.
-        max_memory: Bytes that the two runs may take together, and one step of a sweep beside
-            them; what does not fit runs again whenever it is needed. None for 2 GiB. Decides memory
-            and speed only.
+        max_memory: Bytes that the two runs and one step of a sweep may take together, about; what
+            does not fit runs again whenever it is needed. None for 2 GiB. Decides memory and speed
+            only.
 
     Raises:
         ModelError: if the model cannot be measured exactly; see `Adapter.of`.
@@ -122,12 +122,10 @@ def record(model: Any, contrast: Contrast, *, max_memory: float | None = None) -
         TvInterpError: if ``max_memory`` is not positive.
     """
     adapter = Adapter.of(model)
-    budget = check_memory(max_memory)
-    clean = record_run(adapter, contrast.clean, max_memory=budget / 2)
-    corrupted = record_run(
-        adapter, contrast.corrupted, max_memory=budget / 2, replays=clean.replays
-    )
-    return Recorded(model, contrast, clean, corrupted, budget)
+    budget = check_memory(max_memory) / 3
+    clean = record_run(adapter, contrast.clean, max_memory=budget)
+    corrupted = record_run(adapter, contrast.corrupted, max_memory=budget, replays=clean.replays)
+    return Recorded(model, contrast, clean, corrupted)
 
 
 def record_run(
@@ -158,7 +156,7 @@ def record_run(
         kept.append((rows, tape if left >= 0 else None))
     ordered = _in_order(adapter, (rows for rows, _ in kept), logits)
     assert replays is not None
-    return Run(adapter, prompts, ordered, replays, tuple(kept))
+    return Run(adapter, prompts, ordered, replays, tuple(kept), budget)
 
 
 def last_logits(adapter: Adapter, prompts: Prompts) -> Float[Tensor, "prompt vocab"]:
