@@ -31,7 +31,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tests"))
 
@@ -79,7 +79,7 @@ def build(shape: str, *, device: str = "cpu", **sizes):
     return model
 
 
-def build_planted(shape: str, noise: float = 0.02):
+def build_planted(shape: str, noise: float = 0.1):
     """A circuit of 14 writers among 144 heads, of different strength, in small random weights.
 
     Each writer puts the word that answers the task into one slot, the reader at ``query_is`` moves
@@ -262,9 +262,13 @@ def measure(shape: str, device: str = "cpu", cells: int | None = None) -> dict:
     _, set_up_a = timed(base.set_up)
     recorded, set_up = timed(lambda: tv.record(model, contrast))
 
+    one = contrast.select([0])
+    recorded_one = tv.record(model, one)
+
     def ours(function):
-        scores, seconds = timed(function)
-        return scores, seconds, _flops(function) if device == "cpu" else None
+        scores, seconds = timed(lambda: function(contrast, recorded))
+        flops = _flops(lambda: function(one, recorded_one)) * len(contrast)
+        return scores, seconds, flops if device == "cpu" else None
 
     def mean(scores, some):
         values = scores.data.mean("prompt").squeeze().values
@@ -288,9 +292,7 @@ def measure(shape: str, device: str = "cpu", cells: int | None = None) -> dict:
     row("readers against (b)", s, t, len(some), len(heads), apart(mean(readers, some), expected))
 
     pattern, s, f = ours(
-        lambda: tv.patch_sources(
-            model, contrast, roles=["all"], parts=["pattern"], recorded=recorded
-        )
+        lambda c, r: tv.patch_sources(model, c, roles=["all"], parts=["pattern"], recorded=r)
     )
     cells_p = [(la, h, last) for la, h in some]
     expected, t = timed(lambda: base.transformer_lens("pattern", set_pattern, cells_p))
@@ -298,8 +300,7 @@ def measure(shape: str, device: str = "cpu", cells: int | None = None) -> dict:
     found = np.array([found[cell] for cell in some])
     row("pattern", s, t, len(some), len(heads), apart(found, expected), f)
 
-    run = recorded.clean
-    cut, s, f = ours(lambda: tv.knock_out(model, contrast.clean, recorded=run))
+    cut, s, f = ours(lambda c, r: tv.knock_out(model, c.clean, recorded=r.clean))
     expected, t = timed(lambda: base.cut(some))
     row("knock-outs", s, t, len(some), len(heads), apart(mean(cut, some), expected), f)
 
@@ -307,16 +308,14 @@ def measure(shape: str, device: str = "cpu", cells: int | None = None) -> dict:
         corrupted[:, base.places, index[1]] = clean[:, base.places, index[1]]
         return corrupted
 
-    writers, s, f = ours(lambda: tv.patch_heads(model, contrast, at="answer", recorded=recorded))
+    writers, s, f = ours(lambda c, r: tv.patch_heads(model, c, at="answer", recorded=r))
     expected, t = timed(lambda: base.transformer_lens("z", set_answers, some))
     row("writers", s, t, len(some), len(heads), apart(mean(writers, some), expected), f)
 
     # paths: the baseline's numbers from two forwards a pair, prompt by prompt, on one prompt
     receivers = heads if shape == "small" else [(4, 3), (8, 3), (11, 3)]
     pairs = [(w, r) for r in receivers for w in heads if w[0] < r[0]]
-    paths, s, f = ours(
-        lambda: tv.patch_paths(model, contrast, receivers=receivers, recorded=recorded)
-    )
+    paths, s, f = ours(lambda c, r: tv.patch_paths(model, c, receivers=receivers, recorded=r))
     _, t = timed(lambda: [base.forward() for _ in range(4)])
     checked = sample(pairs, 12)
     expected = base.path(checked)
@@ -330,9 +329,7 @@ def measure(shape: str, device: str = "cpu", cells: int | None = None) -> dict:
     # head x token: every head at every token
     everywhere = [(la, p, h) for la in range(L) for p in range(last + 1) for h in range(H)]
     if shape == "small":
-        tokens, s, f = ours(
-            lambda: tv.patch_positions(model, contrast, by="token", recorded=recorded)
-        )
+        tokens, s, f = ours(lambda c, r: tv.patch_positions(model, c, by="token", recorded=r))
         n_ours = len(everywhere)
         cells_t = sample(everywhere, 64)
         found = tokens.data.mean("prompt").values
@@ -381,8 +378,10 @@ def race(shape: str, timed) -> list[dict]:
         base = Baseline(model, contrast, "cpu")
         base.forward()
         _, t = timed(base.forward)
-        full = tv.patch_heads(model, contrast)
-        both = len({x.at for x in ranking.top} & {x.at for x in full.top(10)})
+        full = ranking.top  # where every head saw every prompt
+        if ranking.share < 1:
+            full = tv.patch_heads(model, contrast).top(10)
+        both = len({x.at for x in ranking.top} & {x.at for x in full})
         rows.append(
             dict(sweep=label, cells=144, run=1, baseline=144 * t, ours=s, ratio=144 * t / s,
                  difference=None, flops=None, agree=both, share=ranking.share)

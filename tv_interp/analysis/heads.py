@@ -310,15 +310,17 @@ def _source_changes(
     runs = zip(run.base.tapes(), run.donor.tapes(), strict=True)
     for (rows, tape), (_, other) in runs:
         for layer, demo in product(sorted({s.layer for s in sites}), range(shape[1])):
-            look = _Look(run.base, tape, other, layer, positions[rows, demo])
             here = [site for site in sites if site.layer == layer]
+            heads = [site.at[1] for site in here]
+            look = _Look(run.base, tape, other, layer, positions[rows, demo])
             a_q = look.with_queries() if "q" in parts else look.base
             for role, mask in masks.items():
                 m = mask[rows, demo, : tape.n_pos].to(adapter.device)
                 a_k = look.with_keys(m) if {"k", "kv"} & set(parts) else look.base
-                for site, part in product(here, parts):
-                    mixed = look.mixture(site.at[1], m, a_q, a_k)
-                    out[role, part, site][rows, demo] = mixed.change(part).cpu()
+                mixture = look.mixture(heads, m, a_q, a_k)
+                for part in parts:
+                    for site, change in zip(here, mixture.change(part).unbind(1), strict=True):
+                        out[role, part, site][rows, demo] = change.cpu()
     return {key: value[:, 0] for key, value in out.items()} if flat else out
 
 
@@ -358,18 +360,13 @@ class _Look:
         edits: dict[HookName, Edit] = {name: lambda k: torch.where(own, self.seen[1][name], k)}
         return self._attend(self.tapes[0], edits=edits, front=front)
 
-    def mixture(self, head: int, mask: Tensor, a_q: Tensor, a_k: Tensor) -> _Mixture:
-        """Look at one head."""
-        group = self.adapter.kv_head(head)
-        return _Mixture(
-            mask=mask,
-            a=self.base[:, head],
-            a_donor=self.donor[:, head],
-            a_q=a_q[:, head],
-            a_k=a_k[:, head],
-            v=self.v[:, :, group],
-            v_donor=self.v_donor[:, :, group],
-        )
+    def mixture(self, heads: Sequence[int], mask: Tensor, a_q: Tensor, a_k: Tensor) -> _Mixture:
+        """Look at some heads."""
+        groups = [self.adapter.kv_head(head) for head in heads]
+        rows = [a[:, heads] for a in (self.base, self.donor, a_q, a_k)]
+        a, a_donor, a_q, a_k = rows
+        v, v_donor = self.v[:, :, groups], self.v_donor[:, :, groups]
+        return _Mixture(mask[:, None], a, a_donor, a_q, a_k, v, v_donor)
 
     def _attend(
         self,
@@ -403,7 +400,7 @@ class _Look:
         """Check that a head's output is its attention pattern times its values."""
         adapter, z = self.adapter, self.seen[0]["z", self.layer][self.row, self.slot]
         v = self.v.repeat_interleave(adapter.n_heads // adapter.n_kv_heads, 2)
-        ours = torch.einsum("bhs,bshe->bhe", self.base, v)
+        ours = _mix(self.base, v)
         error = (ours - z).abs().max() / (1 + z.abs().max())
         if error > (0.05 if z.dtype in (torch.bfloat16, torch.float16) else 1e-4):
             raise ModelError(
@@ -413,15 +410,15 @@ class _Look:
 
 
 class _Mixture(NamedTuple):
-    """One head's attention from one token of each prompt, and its values, in two runs.
+    """Attention of some heads from one token of each prompt, and their values, in two runs.
 
     Attributes:
-        mask: ``[row, src]`` keys of a role.
-        a: Attention of the base run.
+        mask: ``[row, 1, src]`` keys of a role.
+        a: ``[row, head, src]`` attention of the base run.
         a_donor: Attention of the donor run.
         a_q: Attention with the donor's queries and the base's keys.
         a_k: Attention with the base's queries, and the donor's keys at the role.
-        v: ``[row, src, d_head]`` values of the base run.
+        v: ``[row, src, head, d_head]`` values of the base run.
         v_donor: Values of the donor run.
     """
 
@@ -433,7 +430,7 @@ class _Mixture(NamedTuple):
     v: Tensor
     v_donor: Tensor
 
-    def change(self, part: Part) -> Float[Tensor, "row d_head"]:
+    def change(self, part: Part) -> Float[Tensor, "row head d_head"]:
         """Compute the change of z; see `patch_sources`."""
         moved, other = self.a_donor - self.a, self.v_donor - self.v
         match part:
@@ -455,9 +452,9 @@ class _Mixture(NamedTuple):
 
 
 def _mix(
-    weights: Float[Tensor, "row src"], values: Float[Tensor, "row src d_head"]
-) -> Float[Tensor, "row d_head"]:
-    return torch.einsum("bs,bse->be", weights, values)
+    weights: Float[Tensor, "row head src"], values: Float[Tensor, "row src head d_head"]
+) -> Float[Tensor, "row head d_head"]:
+    return torch.einsum("bhs,bshe->bhe", weights, values)
 
 
 def knock_out(
