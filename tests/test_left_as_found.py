@@ -17,6 +17,7 @@ from tv_interp.errors import ModelError, PromptError, UnknownName
 from tv_interp.interventions import Patch, Site, record, run_variants
 from tv_interp.models.adapter import Adapter
 from tv_interp.models.convert import bridge_from_hf, hooked_from_hf
+from tv_interp.models.replay import Layout
 from tv_interp.prompts import make_prompts
 from tv_interp.prompts.tasks import Task
 from tv_interp.scores import Metric
@@ -184,7 +185,7 @@ def test_exception_inside_a_hook(where, found):
     agree(before, state_of(model))
     tape = adapter.tape(tokens)
     with pytest.raises(FailsLater):
-        adapter.replay(tape, 1, 2, torch.arange(2), **settings)
+        adapter.block(tape, 1, tape.resid[1], Layout.suffix(0, tape.n_pos), **settings)
     agree(before, state_of(model))
 
 
