@@ -26,6 +26,7 @@ _CONVERTERS = {  # architecture: TransformerLens's own converter of its weights
     "Gemma2ForCausalLM": ("gemma", "convert_gemma_weights"),
     "Qwen2ForCausalLM": ("qwen2", "convert_qwen2_weights"),
 }
+_NO_BOS = ("GPTNeoXForCausalLM", "PhiForCausalLM", "Qwen2ForCausalLM")
 NO_HOOKED = "the installed TransformerLens has no HookedTransformer (3.9 was the last)"
 
 
@@ -147,7 +148,7 @@ def _hooked_config(config: Any, architecture: str) -> dict[str, Any]:
         "d_vocab": config.vocab_size,
         "act_fn": _activation(config),
         "normalization_type": "LN",
-        "default_prepend_bos": architecture not in ("GPTNeoXForCausalLM", "Qwen2ForCausalLM"),
+        "default_prepend_bos": architecture not in _NO_BOS,
     }
     if architecture == "GPT2LMHeadModel":
         return result | {
