@@ -9,6 +9,7 @@ prompts, whose interval is reported with the number of prompts that each head sa
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -60,16 +61,17 @@ class HeadRanking:
 
     def __str__(self) -> str:
         """A table at 80 columns."""
-        a = self.attrs
+        a, k = self.attrs, len(self.top)
         lines = [
-            f"{a['task']} on {a['model']}: top {len(self.top)} heads at {a['at']} by "
-            f"{a['corruption']}, {a['direction']}",
-            f"{self.share:.0%} of the runs of a full sweep over {a['n_prompts']} prompts; "
-            + (
-                f"with probability {self.confidence:g} the same top {len(self.top)}"
-                if self.settled
-                else "the last places are not settled"
+            *textwrap.wrap(
+                f"{a['task']} on {a['model']}: top {k} heads at {a['at']} by {a['corruption']}, "
+                f"{a['direction']}",
+                80,
             ),
+            f"{self.share:.0%} of the runs of a full sweep over {a['n_prompts']} prompts",
+            f"with probability {self.confidence:g} the same top {k}"
+            if self.settled
+            else "the last places are not settled",
             f"  {'head':<9}{'mean':>9}  {'interval':<20}{'prompts':>8}",
         ]
         for site in self.top:

@@ -149,12 +149,12 @@ def record_run(
     logits = []
     for rows, tokens in batches(adapter, prompts, budget):
         tape = adapter.tape(tokens)
+        logits.append(_finite(adapter, tape.logits[0]).cpu())
         if replays is None:
             replays = probe_replays(adapter, tape)
-        logits.append(tape.logits[0].cpu())
         left -= tape_bytes(adapter, tokens.shape[1]) * len(rows)
         kept.append((rows, tape if left >= 0 else None))
-    ordered = _in_order(adapter, (rows for rows, _ in kept), logits)
+    ordered = _in_order((rows for rows, _ in kept), logits)
     assert replays is not None
     return Run(adapter, prompts, ordered, replays, tuple(kept), budget)
 
@@ -168,19 +168,24 @@ def last_logits(adapter: Adapter, prompts: Prompts) -> Float[Tensor, "prompt voc
     """
     check_fits(adapter, prompts)
     parts = [
-        (rows, adapter.run(tokens).cpu()) for rows, tokens in batches(adapter, prompts, MEMORY)
+        (rows, _finite(adapter, adapter.run(tokens)).cpu())
+        for rows, tokens in batches(adapter, prompts, MEMORY)
     ]
-    return _in_order(adapter, *zip(*parts, strict=True))
+    return _in_order(*zip(*parts, strict=True))
 
 
 def _in_order(
-    adapter: Adapter, rows: Iterable[Tensor], logits: Iterable[Tensor]
+    rows: Iterable[Tensor], logits: Iterable[Tensor]
 ) -> Float[Tensor, "prompt vocab"]:
-    """Put the logits of batches into the order of the prompts; refuse NaN."""
-    ordered = torch.cat(list(logits))[torch.cat(list(rows)).argsort()]
-    if ordered.isnan().any():
+    """Put the logits of batches into the order of the prompts."""
+    return torch.cat(list(logits))[torch.cat(list(rows)).argsort()]
+
+
+def _finite(adapter: Adapter, logits: Tensor) -> Tensor:
+    """Hand back logits, unless some are NaN."""
+    if logits.isnan().any():
         raise not_finite(adapter, "logits")
-    return ordered
+    return logits
 
 
 def batches(adapter: Adapter, prompts: Prompts, budget: float) -> Iterator[tuple[Tensor, Tensor]]:
