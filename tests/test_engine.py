@@ -427,7 +427,14 @@ def test_bfloat16_is_as_good_as_its_own_naive_loop(arch, kind):
             return float(np.sqrt((error**2).mean())) / scale
 
         apart, error, naive_error = rms(ours - loop), rms(ours - truth), rms(loop - truth)
-        print(arch, kind, at, f"{apart:.4f} {error:.4f} {naive_error:.4f}", np.abs(ours-loop).max()/scale, rms(truth))
+        print(
+            arch,
+            kind,
+            at,
+            f"{apart:.4f} {error:.4f} {naive_error:.4f}",
+            np.abs(ours - loop).max() / scale,
+            rms(truth),
+        )
         note_difference(f"bfloat16 {arch} {kind} {at}", apart)
         assert apart <= 0.01
 
@@ -440,9 +447,7 @@ def whole_state(model) -> dict:
     attention = [block.attn for block in model.blocks]
     state = state_of(model)
     state["replaced"] = ["_make_causal_mask" in vars(a) for a in attention]
-    state["tables"] = [
-        (name, id(buffer)) for a in attention for name, buffer in a._buffers.items()
-    ]
+    state["tables"] = [(name, id(buffer)) for a in attention for name, buffer in a._buffers.items()]
     return state
 
 

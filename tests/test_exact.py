@@ -311,7 +311,9 @@ def test_a_budget_decides_memory_alone(max_memory, kind):
     recorded, tight = record(model, contrast), record(model, contrast, max_memory=max_memory)
     kept = [tape is not None for _, tape in tight.clean.kept]
     assert all(tape is not None for _, tape in recorded.clean.kept)
-    assert {1: not any(kept), 200_000: any(kept) and not all(kept), 1_000_000: all(kept)}[max_memory]
+    assert {1: not any(kept), 200_000: any(kept) and not all(kept), 1_000_000: all(kept)}[
+        max_memory
+    ]
     torch.testing.assert_close(tight.clean.logits, recorded.clean.logits, rtol=0, atol=1e-5)
     z = recorded.clean.z_at("answer")
     torch.testing.assert_close(tight.clean.z_at("answer"), z, rtol=0, atol=1e-5)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..errors import ModelError, PromptError, ScoreError, TvInterpError, unknown
 from ..interventions.engine import check_layers, run_variants
-from ..interventions.recording import Recorded, Run, record_run
+from ..interventions.recording import Recorded, Run, check_memory, record_run
 from ..interventions.sites import Cut, Head, Patch, Site, Variant
 from ..models.adapter import Adapter, Edit, HookName
 from ..models.replay import Layout, Tape
@@ -467,6 +467,7 @@ def knock_out(
     demos: Sequence[int] | None = None,
     metric: str | Metric = "logit_diff",
     recorded: Run | None = None,
+    max_memory: float | None = None,
     progress: bool = False,
 ) -> Scores:
     """Cut attention from one role to another, head by head or for sets of heads.
@@ -485,6 +486,7 @@ def knock_out(
         metric: Name of a metric; ``kl`` compares with the run that is not cut.
         recorded: The run of these prompts, such as ``record(model, contrast).clean``; None
             records it.
+        max_memory: As in `record`, where it is recorded here.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -499,7 +501,9 @@ def knock_out(
     """
     adapter = Adapter.of(model)
     metric = get_metric(metric)
-    clean = recorded if recorded is not None else record_run(adapter, prompts)
+    clean = recorded
+    if clean is None:
+        clean = record_run(adapter, prompts, max_memory=check_memory(max_memory) / 2)
     if clean.prompts is not prompts or clean.adapter.model is not model:
         raise ScoreError(
             "recorded= belongs to another model or other prompts: take it from "

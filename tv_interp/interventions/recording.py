@@ -174,9 +174,7 @@ def last_logits(adapter: Adapter, prompts: Prompts) -> Float[Tensor, "prompt voc
     return _in_order(*zip(*parts, strict=True))
 
 
-def _in_order(
-    rows: Iterable[Tensor], logits: Iterable[Tensor]
-) -> Float[Tensor, "prompt vocab"]:
+def _in_order(rows: Iterable[Tensor], logits: Iterable[Tensor]) -> Float[Tensor, "prompt vocab"]:
     """Put the logits of batches into the order of the prompts."""
     return torch.cat(list(logits))[torch.cat(list(rows)).argsort()]
 
