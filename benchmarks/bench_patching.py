@@ -267,8 +267,9 @@ def measure(shape: str, device: str = "cpu", cells: int | None = None) -> dict:
 
     def ours(function):
         scores, seconds = timed(lambda: function(contrast, recorded))
-        flops = _flops(lambda: function(one, recorded_one)) * len(contrast)
-        return scores, seconds, flops if device == "cpu" else None
+        if device != "cpu":
+            return scores, seconds, None
+        return scores, seconds, _flops(lambda: function(one, recorded_one)) * len(contrast)
 
     def mean(scores, some):
         values = scores.data.mean("prompt").squeeze().values
@@ -278,7 +279,7 @@ def measure(shape: str, device: str = "cpu", cells: int | None = None) -> dict:
         return float(np.abs(found - expected).max())
 
     # readers, against (a) and (b)
-    readers, s, f = ours(lambda: tv.patch_heads(model, contrast, at="query_is", recorded=recorded))
+    readers, s, f = ours(lambda c, r: tv.patch_heads(model, c, at="query_is", recorded=r))
     some = sample(heads, big)
     cells_z = [(la, last, h) for la, h in some]
     expected, t = timed(lambda: base.transformer_lens("z", set_head, cells_z))
