@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import itertools
-import sys
 from pathlib import Path
 
 import naive
@@ -15,12 +14,11 @@ import torch
 from conftest import KINDS, note_difference, precise, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_models import ARCHITECTURES, hf_model, word_tokenizer, words
-from test_exact import BELOW, HEADS, PLAIN, TOLERANCE, a_contrast, agree, each_model, sample
+from random_models import ARCHITECTURES
+from test_exact import BELOW, HEADS, TOLERANCE, a_contrast, agree, each_model
 from test_left_as_found import FailsLater, build, pairs, state_of
 from test_left_as_found import agree as agree_in_all
 
-import tv_interp as tv
 from tv_interp.analysis.heads import (
     knock_out,
     patch_heads,

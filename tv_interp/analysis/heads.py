@@ -27,7 +27,7 @@ from ..errors import ModelError, PromptError, ScoreError, TvInterpError, unknown
 from ..interventions.engine import check_layers, run_variants
 from ..interventions.recording import Recorded, Run, check_memory, record_run
 from ..interventions.sites import Cut, Head, Patch, Site, Variant
-from ..models.adapter import Adapter, Edit, HookName
+from ..models.adapter import Adapter, Edit
 from ..models.replay import Layout, Tape
 from ..prompts import Contrast, Prompts
 from ..prompts.roles import DEMO_ROLES, ROLE_NAMES, Role, parse_role
@@ -340,25 +340,23 @@ class _Look:
         self.slot = torch.searchsorted(tokens, where).to(self.adapter.device)
         self.row = torch.arange(len(where), device=self.adapter.device)
         self.v, self.v_donor = (self._values(tape) for tape in self.tapes)
-        self.seen: list[dict[HookName, Tensor]] = [{}, {}]
-        self.base = self._attend(base, keep=self.seen[0])
-        self.donor = self._attend(donor, keep=self.seen[1])
-        self._check_attention()
+        both, seen = self._attend(self.tapes)
+        self.base, self.donor = both.chunk(2)
+        self.theirs = {what: seen[what].chunk(2)[1] for what in ("q", "k")}
+        self._check_attention(seen["z"].chunk(2)[0])
 
     def with_queries(self) -> Tensor:
         """Attention of the base run with the donor's queries."""
-        name = ("q", self.layer)
-        return self._attend(self.tapes[0], edits={name: lambda q: self.seen[1][name]})
+        return self._attend(self.tapes[:1], {"q": lambda q: self.theirs["q"]})[0]
 
     def with_keys(self, mask: Bool[Tensor, "row src"]) -> Tensor:
         """Attention of the base run with the donor's keys where marked, the softmax recomputed."""
-        name, layout = ("k", self.layer), self.layout
-        own = mask[:, layout.tokens.to(mask.device)][..., None, None]
+        own = mask[:, self.layout.tokens.to(mask.device)][..., None, None]
         front = None
-        if len(layout.front):
-            front = self.adapter.exchanged(*self.tapes, self.layer, layout, mask)
-        edits: dict[HookName, Edit] = {name: lambda k: torch.where(own, self.seen[1][name], k)}
-        return self._attend(self.tapes[0], edits=edits, front=front)
+        if len(self.layout.front):
+            front = self.adapter.exchanged(*self.tapes, self.layer, self.layout, mask)
+        edit: Edit = lambda k: torch.where(own, self.theirs["k"], k)  # noqa: E731
+        return self._attend(self.tapes[:1], {"k": edit}, front)[0]
 
     def mixture(self, heads: Sequence[int], mask: Tensor, a_q: Tensor, a_k: Tensor) -> _Mixture:
         """Look at some heads."""
@@ -370,25 +368,35 @@ class _Look:
 
     def _attend(
         self,
-        tape: Tape,
-        *,
-        edits: Mapping[HookName, Edit] | None = None,
+        tapes: Sequence[Tape],
+        edits: Mapping[str, Edit] | None = None,
         front: tuple[Tensor, Tensor] | None = None,
-        keep: dict[HookName, Tensor] | None = None,
-    ) -> Float[Tensor, "row head src"]:
-        """Call the block until it has attended, and put each key at its position."""
-        seen: dict[HookName, Tensor] = {} if keep is None else keep
-        names = [(what, self.layer) for what in ("q", "k", "pattern")]
-        reads = {name: lambda a, name=name: seen.update({name: a}) for name in names}
+    ) -> tuple[Float[Tensor, "row head src"], dict[str, Tensor]]:
+        """Call the block on runs, one below the other, until it has attended.
+
+        Returns:
+            Attention with each key at its position, and the block's q, k and z.
+        """
+        seen: dict[str, Tensor] = {}
+        reads = {(w, self.layer): lambda a, w=w: seen.update({w: a}) for w in ("q", "k", "pattern")}
         tokens = self.layout.tokens.to(self.adapter.device)
-        x = tape.resid[self.layer][:, tokens]
-        seen["z", self.layer] = self.adapter.block(
-            tape, self.layer, x, self.layout, front=front, edits=edits, reads=reads, until="z"
+        if front is None and len(self.layout.front):
+            front = self.adapter.in_front(tapes, self.layer, self.layout)
+        seen["z"] = self.adapter.block(
+            tapes[0],
+            self.layer,
+            torch.cat([tape.resid[self.layer][:, tokens] for tape in tapes]),
+            self.layout,
+            front=front,
+            edits={(w, self.layer): edit for w, edit in (edits or {}).items()},
+            reads=reads,
+            until="z",
         )
-        pattern = seen["pattern", self.layer]
-        out = pattern.new_zeros(*pattern.shape[:2], tape.n_pos)
-        out[..., self.layout.keys.to(out.device)] = pattern[self.row, :, self.slot]
-        return out
+        pattern, slot = seen["pattern"], self.slot.repeat(len(tapes))
+        out = pattern.new_zeros(*pattern.shape[:2], tapes[0].n_pos)
+        row = torch.arange(len(out), device=out.device)
+        out[..., self.layout.keys.to(out.device)] = pattern[row, :, slot]
+        return out, seen
 
     def _values(self, tape: Tape) -> Float[Tensor, "row src kv_head d_head"]:
         if tape.has_keys:
@@ -396,9 +404,9 @@ class _Look:
         name = ("v", self.layer)
         return self.adapter.read_block(tape, self.layer, [name])[name]
 
-    def _check_attention(self) -> None:
+    def _check_attention(self, z: Float[Tensor, "row slot head d_head"]) -> None:
         """Check that a head's output is its attention pattern times its values."""
-        adapter, z = self.adapter, self.seen[0]["z", self.layer][self.row, self.slot]
+        adapter, z = self.adapter, z[self.row, self.slot]
         v = self.v.repeat_interleave(adapter.n_heads // adapter.n_kv_heads, 2)
         ours = _mix(self.base, v)
         error = (ours - z).abs().max() / (1 + z.abs().max())

@@ -33,7 +33,7 @@ from ..errors import ModelError, PromptError
 from ..models.adapter import Adapter, Edit, HookName, Read
 from ..models.replay import Layout, Tape
 from ..prompts import Prompts
-from .recording import Run, call_bytes, check_memory, not_finite, record_run
+from .recording import Run, call_bytes, check_memory, not_finite, record_run, slot_bytes
 from .sites import Cut, Patch, Variant
 
 Readout = Callable[[Float[Tensor, "row vocab"], Int[Tensor, " row"]], Float[Tensor, " row"]]
@@ -282,9 +282,10 @@ def _respond(
     tokens = own.any(0).nonzero()[:, 0]
     responds = own[:, tokens]  # tokens may differ from prompt to prompt
     adapter, tape = batch.adapter, batch.tape
-    size = max(1, MOST_SLOTS // len(tokens))
-    each = call_bytes(adapter, len(tokens), tape.n_pos + MOST_SLOTS) * len(batch.rows)
-    size = max(1, min(size, int(batch.budget / each)))
+    n_keys = tape.n_pos + MOST_SLOTS
+    free = batch.budget / len(batch.rows) - call_bytes(adapter, 0, n_keys)
+    size = min(MOST_SLOTS, free / slot_bytes(adapter, n_keys)) / len(tokens)
+    size = max(1, int(size))
     order = sorted(reaches, key=lambda i: reaches[i].first)
     where, places = tokens.to(adapter.device), Places(batch, tokens, "slots")
     for at in range(0, len(order), size):

@@ -202,12 +202,16 @@ def tape_bytes(adapter: Adapter, n_pos: int) -> int:
     return n_pos * (adapter.n_layers * width + adapter.d_model) * adapter.dtype.itemsize
 
 
+def slot_bytes(adapter: Adapter, n_keys: int) -> int:
+    """Bytes that one call of a block takes for a token of a row, about, at its peak."""
+    tokens = 8 * adapter.d_model + 3 * adapter.d_mlp
+    return (tokens + 3 * adapter.n_heads * n_keys) * adapter.dtype.itemsize
+
+
 def call_bytes(adapter: Adapter, n_slots: int, n_keys: int) -> int:
-    """Bytes that one call of a block takes for one row, about, at its peak."""
-    tokens = n_slots * (8 * adapter.d_model + 3 * adapter.d_mlp)
-    scores = 3 * adapter.n_heads * n_slots * n_keys
-    keys = 4 * adapter.n_kv_heads * adapter.d_head * n_keys
-    return (tokens + scores + keys) * adapter.dtype.itemsize
+    """Bytes that one call of a block takes for a row, about: its tokens, and the keys they see."""
+    keys = 4 * adapter.n_kv_heads * adapter.d_head * n_keys * adapter.dtype.itemsize
+    return keys + n_slots * slot_bytes(adapter, n_keys)
 
 
 def check_memory(max_memory: float | None) -> float:

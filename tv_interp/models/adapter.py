@@ -12,7 +12,7 @@ silently spoil a measurement, so every run goes through `Adapter.run`, which
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -263,6 +263,15 @@ class Adapter:
         before, recorded = torch.arange(start), (tape.keys, tape.values)
         kept = (_some(_some(t[layer], axis, before), 0, rows) for t in recorded)
         keys, values = (torch.cat(both, axis) for both in zip(kept, fresh, strict=True))
+        return keys, values
+
+    def in_front(self, tapes: Sequence[Tape], layer: int, layout: Layout) -> tuple[Tensor, Tensor]:
+        """Get the keys and values in front of a layout in several runs, one below the other."""
+        axis = 2 if self._is_bridge else 1
+        keys, values = (
+            torch.cat([_some(run[layer], axis, layout.front) for run in runs])
+            for runs in ([t.keys for t in tapes], [t.values for t in tapes])
+        )
         return keys, values
 
     def exchanged(
