@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .analysis.find import HeadReport, find_heads
     from .analysis.heads import knock_out, patch_heads, patch_sources, patch_together
     from .analysis.paths import patch_paths
+    from .analysis.vectors import Vectors, extract_vectors, function_vector, inject_vectors
     from .errors import TvInterpError
     from .interventions import Cut, Edge, Patch, Recorded, Site, record, run_variants
     from .models.load import load_model
@@ -28,6 +29,10 @@ _HOME = {
     "patch_sources": ".analysis.heads",
     "patch_together": ".analysis.heads",
     "patch_paths": ".analysis.paths",
+    "Vectors": ".analysis.vectors",
+    "extract_vectors": ".analysis.vectors",
+    "function_vector": ".analysis.vectors",
+    "inject_vectors": ".analysis.vectors",
     "TvInterpError": ".errors",
     "Cut": ".interventions",
     "Edge": ".interventions",
@@ -63,8 +68,12 @@ __all__ = [  # noqa: PLE0604
     "Site",
     "Task",
     "TvInterpError",
+    "Vectors",
+    "extract_vectors",
     "find_heads",
+    "function_vector",
     "get_task",
+    "inject_vectors",
     "knock_out",
     "list_tasks",
     "load_model",
