@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -15,7 +15,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from ..errors import PromptError
-from .corruptions import Words, check_corruption, corrupt_words
+from .corruptions import Words, check_corruption, corrupt_words, draw_answers
 from .roles import (
     DEMO_ROLES,
     ROLE_NAMES,
@@ -28,6 +28,7 @@ from .roles import (
 )
 from .tasks import RuledSample, Sample, Task, get_task
 from .tasks.base import pick_foil
+from .tasks.registry import unrelated_answers
 
 DEFAULT_TEMPLATE = "{x} is {y}\n"
 
@@ -294,12 +295,37 @@ class Prompts:
         check_corruption(kind, self.task, other)
         if kind != "query" and self.n_demos == 0:
             raise PromptError(f"corruption {kind!r} changes demonstrations, and there are none")
+        return self._twins(
+            kind, seed, lambda words, rng: corrupt_words(kind, words, rng, self.task, other)
+        )
+
+    def dummies(self, *, seed: int = 1) -> Contrast:
+        """Make the dummy prompts that vectors are put into: the same inputs, answers at random.
+
+        Where the task is a shipped relation, answers are drawn from those of the other shipped
+        relations: drawn from its own (the corruption ``random_answers``) they still tell it. For
+        all other tasks this is ``random_answers``: categorization draws from its two labels.
+
+        Args:
+            seed: Decides what is drawn.
+
+        Raises:
+            PromptError: as `corrupt`.
+        """
+        pool = unrelated_answers(self.task)
+        if not pool:
+            return self.corrupt("random_answers", seed=seed)
+        return self._twins("unrelated", seed, lambda words, rng: draw_answers(words, rng, pool))
+
+    def _twins(
+        self, kind: str, seed: int, make: Callable[[Words, np.random.Generator], Sample]
+    ) -> Contrast:
         dropped: Counter[str] = Counter()
         kept, samples = [], []
         for row in range(len(self)):
             rng = np.random.default_rng([seed, row])
             try:
-                samples.append(corrupt_words(kind, self._words(row), rng, self.task, other))
+                samples.append(make(self._words(row), rng))
                 kept.append(row)
             except Misaligned as reason:
                 dropped[str(reason)] += 1
