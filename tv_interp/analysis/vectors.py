@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -180,36 +180,21 @@ def extract_vectors(
     """
     adapter = Adapter.of(model)
     check_fits(adapter, prompts)
-    positions = prompts.positions(at)
-    columns = positions if positions.ndim == 2 else positions[:, None]
-    layers = range(adapter.n_layers)
     by_layer: dict[int, list[int]] = {}
     for site in as_sites(heads, at, adapter) if heads is not None else ():
         by_layer.setdefault(site.layer, []).append(site.at[1])
-    out: Tensor | None = None
-    logits = torch.zeros(len(prompts), adapter.model.cfg.d_vocab)
-    for rows, tokens in chunks(prompts):
-        end, found = adapter.read(tokens, [("resid_post", layer) for layer in layers])
-        logits[rows] = end.float().cpu()
-        if heads is not None:
-            found = {key: torch.zeros_like(value) for key, value in found.items()}
-            for layer, members in by_layer.items():
-                found["resid_post", layer] = _write_of(adapter, tokens, layer, members)
-        index = torch.arange(len(rows))[:, None]
-        for layer in layers:
-            taken = found["resid_post", layer].cpu()[index, columns[rows]]
-            if out is None:
-                shape = (len(prompts), adapter.n_layers, columns.shape[1], taken.shape[-1])
-                out = torch.zeros(shape, dtype=_storable(taken).dtype)
-            out[rows, layer] = _storable(taken)
-    assert out is not None
+    if heads is None:
+        values = residual_at(adapter, prompts, at, "resid_post")
+    else:
+        values = _writes_at(adapter, prompts, at, by_layer)
+    logits = record_run(adapter, prompts, keep_z=False).logits.float()
+    layers = range(adapter.n_layers)
     coords: dict[str, Any] = {"prompt": np.arange(len(prompts)), "layer": np.arange(len(layers))}
     dims: tuple[str, ...] = ("prompt", "layer", "d_model")
-    values = out[:, :, 0]
-    if positions.ndim == 2:
+    if values.ndim == 4:
         answers = np.array([[y for _, y in demos] for demos in prompts.demos], dtype=object)
         coords |= {"demo": np.arange(prompts.n_demos), "answer": (("prompt", "demo"), answers)}
-        dims, values = DIMS, out
+        dims = DIMS
     targets, every = Targets.of(prompts), torch.arange(len(prompts))
     attrs = provenance(adapter) | prompts.provenance
     attrs["few_shot"] = {
@@ -223,9 +208,48 @@ def extract_vectors(
     return Vectors(data, parse_role(at).label, adapter.name, attrs)
 
 
-def _storable(values: Tensor) -> Tensor:
-    """Half precisions have no place in netCDF."""
-    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+def residual_at(
+    adapter: Adapter, prompts: Prompts, at: str, component: str
+) -> Float[Tensor, "prompt layer *demo d_model"]:
+    """Read a component of every block at the last token of a role, on the CPU."""
+    names: list[HookName] = [(component, layer) for layer in range(adapter.n_layers)]
+
+    def read(tokens: Tensor) -> list[Tensor]:
+        store = adapter.read(tokens, names)[1]
+        return [store[name] for name in names]
+
+    return _collect(prompts, at, read)
+
+
+def _writes_at(
+    adapter: Adapter, prompts: Prompts, at: str, by_layer: Mapping[int, Sequence[int]]
+) -> Float[Tensor, "prompt layer *demo d_model"]:
+    def read(tokens: Tensor) -> list[Tensor]:
+        shape = (*tokens.shape, adapter.model.cfg.d_model)
+        nothing = torch.zeros(shape, dtype=adapter.dtype)
+        return [
+            _write_of(adapter, tokens, layer, by_layer[layer]) if layer in by_layer else nothing
+            for layer in range(adapter.n_layers)
+        ]
+
+    return _collect(prompts, at, read)
+
+
+def _collect(
+    prompts: Prompts, at: str, read: Callable[[Tensor], list[Tensor]]
+) -> Float[Tensor, "prompt layer *demo d_model"]:
+    """Go through the prompts and pick a role's last tokens out of what is read in each layer."""
+    positions = prompts.positions(at)
+    columns = positions if positions.ndim == 2 else positions[:, None]
+    parts, order = [], []
+    for rows, tokens in chunks(prompts):
+        index = torch.arange(len(rows))[:, None]
+        taken = torch.stack([layer.cpu()[index, columns[rows]] for layer in read(tokens)], 1)
+        # half precisions have no place in netCDF
+        parts.append(taken.float() if taken.dtype in (torch.float16, torch.bfloat16) else taken)
+        order.append(rows)
+    values = torch.cat(parts)[torch.cat(order).argsort()]
+    return values if positions.ndim == 2 else values[:, :, 0]
 
 
 def _write_of(
