@@ -23,6 +23,7 @@ from .convergence import ablate_demos, measure_convergence
 from .geometry import CONCRETE, measure_geometry
 
 Verdict = Literal["appears", "does not", "undecided"]
+Side = Literal["above", "below"]
 LEAST = 0.25
 """Least share of the gap between recipients and few-shot prompts that counts as working."""
 SAME = 0.75
@@ -47,6 +48,7 @@ class Claim:
         lo: Lower end of its 95 % interval.
         hi: Upper end.
         least: What the interval is held against.
+        side: On which side of it the claim says that the effect is.
         control: What the effect was held against, or what was measured beside it.
         verdict: Whether the claim appears.
         reason: Why it is undecided; empty otherwise.
@@ -61,6 +63,7 @@ class Claim:
     lo: float
     hi: float
     least: float
+    side: Side
     control: str
     verdict: Verdict
     reason: str = ""
@@ -92,7 +95,8 @@ class Claims:
         for text in dict.fromkeys(row.text for row in self.rows):
             members = [row for row in self.rows if row.text == text]
             mark = {"all": "*", "knowledge": "k", "categorization": "c"}[members[0].source]
-            lines += ["", f"{mark} {text} (effect >= {members[0].least:g})"]
+            sign = ">" if members[0].side == "above" else "<"
+            lines += ["", f"{mark} {text} (effect {sign} {members[0].least:g})"]
             for r in members:
                 number = "not measured"
                 if np.isfinite(r.effect):
@@ -148,7 +152,11 @@ def check_claims(
 
 
 def judge(
-    effect: Scores, least: float, *, over: xr.DataArray | None = None, below: bool = False
+    effect: Scores,
+    least: float,
+    *,
+    over: xr.DataArray | None = None,
+    side: Side = "above",
 ) -> tuple[float, float, float, Verdict, str]:
     """Hold the interval of a mean effect, or of a share, against the least that counts.
 
@@ -156,7 +164,7 @@ def judge(
         effect: Effects over ``prompt`` alone.
         least: What counts.
         over: What the effect is a share of, ``[prompt]``; None for the mean itself.
-        below: Whether the claim is that the effect is *smaller* than that.
+        side: Whether the claim is that the effect is ``"above"`` or ``"below"`` that.
 
     Returns:
         Value, lower and upper end, verdict, and why it is undecided.
@@ -166,17 +174,17 @@ def judge(
         return np.nan, np.nan, np.nan, "undecided", "nothing to be a share of"
     table = scores.ci("mean" if over is None else "recovered")
     value, lo, hi = (float(table[name]) for name in ("value", "lo", "hi"))
-    return value, lo, hi, verdict_of(lo, hi, least, below=below), ""
+    return value, lo, hi, verdict_of(lo, hi, least, side), ""
 
 
-def verdict_of(lo: float, hi: float, least: float, *, below: bool = False) -> Verdict:
-    """Decide by an interval: wholly above the least is *appears*, wholly below is *does not*."""
+def verdict_of(lo: float, hi: float, least: float, side: Side = "above") -> Verdict:
+    """Decide by an interval: wholly on the claim's side is *appears*, on the other *does not*."""
     if not lo <= hi:
         return "undecided"
     above, under = lo > least, hi < least
     if not (above or under):
         return "undecided"
-    return "appears" if above != below else "does not"
+    return "appears" if above == (side == "above") else "does not"
 
 
 class _Asked:
@@ -188,12 +196,20 @@ class _Asked:
         self.test = report.scores[f"test/{self.select}"]
         self.local_works: Verdict = "undecided"
 
-    def claim(self, text: str, source: str, least: float, control: str, found: tuple) -> Claim:
+    def claim(
+        self,
+        text: str,
+        source: str,
+        least: float,
+        control: str,
+        found: tuple,
+        side: Side = "above",
+    ) -> Claim:
         s = self.report.settings
         value, lo, hi, verdict, reason = found
         return Claim(
-            text, source, s["model"], s["task"], s["family"], value, lo, hi, least, control,
-            verdict, reason,
+            text, source, s["model"], s["task"], s["family"], value, lo, hi, least, side,
+            control, verdict, reason,
         )  # fmt: skip
 
     def vectors(self) -> list[Claim]:
@@ -291,16 +307,21 @@ class _Asked:
         specific = float(apart(self.select).ci("mean")["lo"]) > 0
         control = "as many connectives taken away"
         out = []
-        for text, source, k, least, below in (
-            ("answers are redundant: all but one can be taken away", "knowledge", n - 1,
-             REDUNDANT, True),
-            ("accuracy falls gradually: half of the answers cost some", "categorization", n // 2,
-             HURTS, False),
-        ):  # fmt: skip
-            found = judge(lost(self.select, "answer", k), least, over=whole, below=below)
+        asked: tuple[tuple[str, str, int, float, Side], ...] = (
+            (
+                "answers are redundant: all but one can be taken away",
+                *("knowledge", n - 1, REDUNDANT, "below"),
+            ),
+            (
+                "accuracy falls gradually: half of the answers cost some",
+                *("categorization", n // 2, HURTS, "above"),
+            ),
+        )
+        for text, source, k, least, side in asked:
+            found = judge(lost(self.select, "answer", k), least, over=whole, side=side)
             if not specific:
                 found = (*found[:3], "undecided", "control as large")
-            out.append(self.claim(text, source, least, control, found))
+            out.append(self.claim(text, source, least, control, found, side))
         text = "without the answers, the model answers with no label"
         out.append(self.claim(text, "all", LEAST, control, judge(apart("label_rate"), LEAST)))
         return out
@@ -312,15 +333,18 @@ class _Asked:
         data = found.ablated.data
         last = data.sizes["layer"] - 1
         late = max(1, round(last * 2 / 3))
-        out = []
-        for text, layer, below in (
-            ("taking the concrete feature out of all layers hurts", 0, False),
-            ("taking the concrete feature out of late layers does not hurt", late, True),
-        ):
+        control = "random subspace of equal removed variance"
+        out: list[Claim] = []
+        asked: tuple[tuple[str, int, Side], ...] = (
+            ("taking the concrete feature out of all layers hurts", 0, "above"),
+            ("taking the concrete feature out of late layers does not hurt", late, "below"),
+        )
+        for text, layer, side in asked:
             at = data.sel(layer=layer, drop=True)
             random = at.sel(site=f"random, variance of {concrete}", drop=True)
             effect = replace(found.ablated, data=random - at.sel(site=concrete, drop=True))
-            verdict = judge(effect, HURTS, below=below)
-            control = "random subspace of equal removed variance"
-            out.append(self.claim(text, "categorization", HURTS, control, verdict))
+            verdict = judge(effect, HURTS, side=side)
+            out.append(self.claim(text, "categorization", HURTS, control, verdict, side))
+        if out[0].verdict != "appears":  # where nothing hurts, late layers show nothing
+            out[1] = replace(out[1], verdict="undecided", reason="nor do all layers")
         return out

@@ -323,7 +323,7 @@ def plot_vectors(
     table = scores.ci("mean")
     if title is None:
         title = f"{metric}, {report.settings['task']} on {report.settings['model']}"
-    sheet = _Sheet(1, 2, 300, legend=True)
+    sheet = _Sheet(1, 2, 300)
     listed: set[str] = set()
     lines = list(dict.fromkeys(name for names in VECTOR_LINES.values() for name in names))
     last = int(table["layer"].max())
@@ -383,7 +383,11 @@ def plot_vectors(
                         "marker": ring, "hoverinfo": "skip",
                     },
                 )  # fmt: skip
-    return sheet.figure(title)
+    figure = sheet.figure(title)
+    legend = {"orientation": "h", "x": 0, "y": -0.2, "yanchor": "top"}  # two rows, below the axes
+    return figure.update_layout(
+        legend=legend, margin={"b": 130}, height=figure.to_dict()["layout"]["height"] + 70
+    )
 
 
 def fragment(figure: go.Figure, name: str) -> str:
