@@ -28,7 +28,7 @@ def report():
 @functools.cache
 def claims() -> Claims:
     case = planted.build("write_then_read", backend="auto")
-    return check_claims(case.model, [case.task], n_demos=4, n_prompts=12)
+    return check_claims(case.model, [case.task], n_demos=4, n_prompts=32)
 
 
 def scores(values) -> Scores:

@@ -104,9 +104,9 @@ class Convergence:
         s = self.settings
         means, cosine = self.scores.mean(), self.similarity.data.mean("prompt")
         sites = ["none", "all", "one", "Pos Avg", "Pos Avg by class"]
-        heads = ["none", "all", "one", "mean", "class", "one/all", "raw", "centr", "CKA", "dist"]
+        heads = ["none", "all", "one", "mean", "class", "ratio", "raw", "centr", "CKA", "dist"]
         lines = [
-            f"{s['task']} on {s['model']}: local vectors into dummies, {s['metric']}; similarity",
+            f"{s['task']} on {s['model']}: local vectors into dummies, {s["metric"]}; ratio one / all",
             "layer" + "".join(f"{h:>7}" for h in heads),
         ]
         ratio = self.ratio()["value"]
