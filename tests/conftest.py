@@ -30,6 +30,11 @@ def precise(dtype: torch.dtype):
     return TrueFloat64() if dtype == torch.float64 else contextlib.nullcontext()
 
 
+def as_it_is(dtype: torch.dtype):
+    """As `precise`, where another context may be active already."""
+    return precise(dtype) if dtype == torch.float64 else torch._C.DisableTorchFunction()
+
+
 @functools.cache
 def tiny_model(arch: str, kind: str, dtype: torch.dtype = torch.float32, **settings):
     """A random model with a word tokenizer; equal weights in both classes and both precisions."""
@@ -38,7 +43,7 @@ def tiny_model(arch: str, kind: str, dtype: torch.dtype = torch.float32, **setti
     from tv_interp.models.convert import bridge_from_hf, hooked_from_hf
 
     build = hooked_from_hf if kind == "hooked" else bridge_from_hf
-    with precise(dtype):
+    with as_it_is(dtype):
         return build(hf_model(arch, dtype=dtype, **settings), word_tokenizer(words()))
 
 

@@ -85,9 +85,16 @@ def put(positions, head, value):
     return edit
 
 
-def hold(value):
-    """Edit: put a whole recorded activation back."""
-    return lambda activation: value[None]
+def hold(value, free=()):
+    """Edit: put a recorded activation ``[pos, ...]`` back, but at the positions that are free."""
+
+    def edit(activation):
+        new = value.clone()
+        for p in free:
+            new[p] = activation[0, p]
+        return new[None]
+
+    return edit
 
 
 def sides(contrast, direction):
@@ -131,6 +138,25 @@ def patch_heads(
             edits = [(z_name(la), put(here, head, z[la][there, head])) for la, head in heads]
             patched = metric(run(model, tokens, edits), contrast.clean, i)
             effects[i, n] = sign * (patched - plain)
+    return effects
+
+
+def patch_local_paths(model, contrast, heads, at, direction="denoise", metric=logit_diff):
+    """As `patch_heads`, but all tokens other than those of the role and the last are held."""
+    base, donor, sign = sides(contrast, direction)
+    effects = torch.zeros(len(contrast), len(heads), dtype=torch.float64)
+    names = [f"blocks.{la}.hook_resid_post" for la in range(model.cfg.n_layers)]
+    for i in range(len(contrast)):
+        tokens = tokens_of(base, i)
+        here = last_tokens(base, i, at)
+        plain = metric(run(model, tokens), contrast.clean, i)
+        z = read_z(model, tokens_of(donor, i))
+        free = [*here, tokens.shape[1] - 1]
+        held = [hold(value, free) for value in read(model, tokens, names)]
+        for n, (la, head) in enumerate(heads):
+            edits = [(z_name(la), put(here, head, z[la][here, head]))]
+            edits += list(zip(names, held, strict=True))
+            effects[i, n] = sign * (metric(run(model, tokens, edits), contrast.clean, i) - plain)
     return effects
 
 
@@ -245,13 +271,15 @@ def patch_paths(
     receiver_at="query_is",
     direction="denoise",
     metric=logit_diff,
+    through="direct",
 ):
-    """Effect of each direct path, a (sender, receiver, via), ``[prompt, path]``.
+    """Effect of each path, a (sender, receiver, via), ``[prompt, path]``.
 
-    Path patching with everything in between frozen:
+    Path patching:
 
-    1. Run the base with the sender's z from the donor, and the outputs of all later attention and
-       MLP layers below the receiver held at what they were: its inputs see the sender alone.
+    1. Run the base with the sender's z from the donor, and what does not respond held at what it
+       was: the outputs of all later attention and MLP layers below the receiver ("direct"), those
+       of attention ("mlp"), or all tokens but those of the sender ("position").
     2. Put the inputs named by ``via`` into a base run and read the receiver's z.
     3. Put that z into a base run, where all that follows is free.
     """
@@ -264,8 +292,12 @@ def patch_paths(
         here, last = last_tokens(base, i, sender_at), last_tokens(base, i, receiver_at)
         for n, ((w_layer, w_head), (r_layer, r_head), via) in enumerate(paths):
             frozen = [f"blocks.{la}.hook_attn_out" for la in range(w_layer + 1, r_layer)]
-            frozen += [f"blocks.{la}.hook_mlp_out" for la in range(w_layer, r_layer)]
-            held = [hold(value) for value in read(model, tokens, frozen)]
+            if through == "direct":
+                frozen += [f"blocks.{la}.hook_mlp_out" for la in range(w_layer, r_layer)]
+            if through == "position":
+                frozen = [f"blocks.{la}.hook_resid_post" for la in range(w_layer, r_layer)]
+            free = here if through == "position" else []
+            held = [hold(value, free) for value in read(model, tokens, frozen)]
             sent = (z_name(w_layer), put(here, w_head, z[w_layer][here, w_head]))
             inputs = [f"blocks.{r_layer}.attn.hook_{what}" for what in via]
             seen = read(model, tokens, inputs, [sent, *zip(frozen, held, strict=True)])

@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.overrides import TorchFunctionMode
 
-ARCHITECTURES = ("gpt2", "llama", "mistral", "gpt_neox", "gemma2", "qwen2")
+ARCHITECTURES = ("gpt2", "llama", "mistral", "gpt_neox", "phi", "gemma2", "qwen2")
 SPECIAL = ("<bos>", "<unk>", "<pad>")
 
 
@@ -42,6 +42,14 @@ def _config(arch: str, d_vocab: int, n_ctx: int, n_layers: int, window: int | No
             rope_parameters=dict(
                 rope_type="default", rope_theta=5000.0, partial_rotary_factor=0.25
             ),
+            **shared,
+        )
+    if arch == "phi":  # attention and MLP side by side behind one norm, half of a head rotates
+        return hf.PhiConfig(
+            hidden_size=64,
+            layer_norm_eps=1e-4,
+            rope_parameters=dict(rope_type="default", rope_theta=5000.0, partial_rotary_factor=0.5),
+            tie_word_embeddings=False,
             **shared,
         )
     shared |= dict(

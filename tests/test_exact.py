@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_models import ARCHITECTURES
 
-from tv_interp.analysis import paths as paths_module
 from tv_interp.analysis.common import Experiment
 from tv_interp.analysis.heads import (
     PARTS,
     _source_changes,
     knock_out,
     patch_heads,
+    patch_local_paths,
     patch_sources,
     patch_together,
     source_masks,
@@ -302,14 +302,19 @@ def test_one_prompt(kind):
         np.testing.assert_allclose(alone[0], whole[i], atol=1e-5)
 
 
-@pytest.mark.parametrize("most", [1, 3])
-def test_rows_per_run_decides_memory_alone(most, kind, monkeypatch):
+@pytest.mark.parametrize("max_memory", [1, 200_000, 1_000_000])
+def test_a_budget_decides_memory_alone(max_memory, kind):
+    """From one prompt and one variant at a time, recorded again whenever needed, to all at once."""
     model = tiny_model("qwen2", kind)
     contrast = a_contrast("qwen2", kind, "rugged", 5)
     assert max(len(rows) for rows, _ in contrast.clean.buckets()) > 1
-    recorded = record(model, contrast)
+    recorded, tight = record(model, contrast), record(model, contrast, max_memory=max_memory)
+    kept = [tape is not None for _, tape in tight.clean.kept]
+    assert all(tape is not None for _, tape in recorded.clean.kept)
+    assert {1: not any(kept), 200_000: any(kept) and not all(kept), 1_000_000: all(kept)}[max_memory]
+    torch.testing.assert_close(tight.clean.logits, recorded.clean.logits, rtol=0, atol=1e-5)
     z = recorded.clean.z_at("answer")
-    last = len(contrast.clean.tokens[0])
+    torch.testing.assert_close(tight.clean.z_at("answer"), z, rtol=0, atol=1e-5)
     dest, src = contrast.clean.mask("query_is"), contrast.clean.mask("is")
     variants = [
         (),
@@ -322,22 +327,30 @@ def test_rows_per_run_decides_memory_alone(most, kind, monkeypatch):
     def readout(logits, rows):
         return logits[:, 7] * (1 + rows)
 
-    few = run_variants(model, contrast.corrupted, variants, readout, rows_per_run=most)
+    few = run_variants(model, contrast.corrupted, variants, readout, max_memory=max_memory)
     many = run_variants(model, contrast.corrupted, variants, readout)
     torch.testing.assert_close(few, many, rtol=0, atol=1e-5)
     torch.testing.assert_close(many[0], many[4], rtol=0, atol=1e-5)
     plain = recorded.corrupted.logits[:, 7] * (1 + torch.arange(5))
     torch.testing.assert_close(many[0], plain, rtol=0, atol=1e-5)
-    assert (many[1:4] - many[0]).abs().max(1).values.min() > 1e-3 and last > 0
-    calls = {
-        "together": lambda: patch_together(model, contrast, {"a": [(0, 1)], "b": BELOW, "c": []}),
-        "paths": lambda: patch_paths(model, contrast, senders=[(0, 0), (1, 1)], receivers=[(2, 2)]),
-    }
-    before = {name: call().data.values for name, call in calls.items()}
-    monkeypatch.setitem(run_variants.__kwdefaults__, "rows_per_run", most)
-    monkeypatch.setattr(paths_module, "ROWS_PER_RUN", 4 * most)
-    for name, call in calls.items():
-        np.testing.assert_allclose(call().data.values, before[name], atol=1e-5)
+    assert (many[1:4] - many[0]).abs().max(1).values.min() > 1e-3
+    readers, sets = [(1, 0), (2, 2)], {"a": [(0, 1)], "b": BELOW, "c": []}
+    for name, call in {
+        "readers": lambda r: patch_heads(model, contrast, at="query_is", metric="prob", recorded=r),
+        "together": lambda r: patch_together(model, contrast, sets, recorded=r),
+        "local": lambda r: patch_local_paths(model, contrast, recorded=r),
+        "paths": lambda r: patch_paths(
+            model, contrast, receivers=readers, through="mlp", recorded=r
+        ),
+        "sources": lambda r: patch_sources(
+            model, contrast, heads=readers, roles=["answer"], recorded=r
+        ),
+    }.items():
+        np.testing.assert_allclose(
+            call(tight).data.values, call(recorded).data.values, atol=1e-5, err_msg=name
+        )
+    cut, uncut = (knock_out(model, contrast.clean, max_memory=m) for m in (max_memory, None))
+    np.testing.assert_allclose(cut.data.values, uncut.data.values, atol=1e-5)
 
 
 def test_no_variants():

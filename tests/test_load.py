@@ -277,6 +277,7 @@ def test_what_hooked_cannot_hold_goes_to_the_bridge(tmp_path):
     [
         ("llama", {"attention_bias": True, "mlp_bias": True}, "this attention_bias and mlp_bias"),
         ("gpt_neox", {"attention_bias": False}, "this attention_bias"),
+        ("phi", {"qk_layernorm": True}, "qk_layernorm"),
         ("gpt2", {"activation_function": "mish"}, "activation 'mish'"),
     ],
 )

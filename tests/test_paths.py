@@ -1,102 +1,76 @@
-"""Paths through MLPs: equal to a plain loop of hooks in which all attention is put back."""
+"""Paths, by every way and into every input, equal the plain loop of hooks."""
 
 from __future__ import annotations
 
+import itertools
+
+import naive
+import numpy as np
 import pytest
 import torch
-from conftest import KINDS, tiny_model
-from random_models import ARCHITECTURES, words
+from conftest import KINDS, precise, tiny_model
+from random_models import ARCHITECTURES
+from test_exact import TOLERANCE, a_contrast, agree
 
 import tv_interp as tv
+from tv_interp.analysis.paths import THROUGH, VIA
+
+SENDERS, READER = [(0, 1), (1, 2)], (2, 3)  # with a layer between, and without
 
 
-def naive_mlp_path(model, contrast, row, sender, receiver, via):
-    """Patch w, let MLPs respond with attention frozen, give the result to r alone."""
-    n = int(contrast.clean.lengths[row])
-    clean, corrupted = (p.tokens[row, None, :n] for p in (contrast.clean, contrast.corrupted))
-    places = contrast.clean.positions("answer")[row]
-    (layer, head), (to, reader) = sender, receiver
-    layers = range(model.cfg.n_layers)
-    keep = {f"blocks.{i}.hook_attn_out" for i in layers} | {f"blocks.{to}.hook_resid_pre"}
-    keep |= {f"blocks.{to}.attn.hook_{x}" for x in "qkv"} | {f"blocks.{layer}.attn.hook_z"}
-    _, base = model.run_with_cache(corrupted, names_filter=lambda name: name in keep)
-    _, donor = model.run_with_cache(clean, names_filter=lambda name: name in keep)
-    seen = {}
-
-    def exchange(z, hook):
-        z = z.clone()
-        z[:, places, head] = donor[f"blocks.{layer}.attn.hook_z"][:, places, head]
-        return z
-
-    def put(name):
-        return lambda x, hook: base[name].clone()
-
-    def only_at_answers(out, hook):
-        new = base[f"blocks.{layer}.hook_attn_out"].clone()
-        new[:, places] = out[:, places]
-        return new
-
-    def note(key):
-        def hook_fn(x, hook):
-            seen[key] = x.detach().clone()
-
-        return hook_fn
-
-    between = [f"blocks.{i}.hook_attn_out" for i in range(layer + 1, to)]
-    freeze = [(name, put(name)) for name in between]
-    model.run_with_hooks(
-        corrupted,
-        fwd_hooks=[
-            (f"blocks.{layer}.attn.hook_z", exchange),
-            (f"blocks.{layer}.hook_attn_out", only_at_answers),
-            *freeze,
-            (f"blocks.{to}.hook_resid_pre", note("resid")),
-        ],
-    )
-
-    def deliver(x, hook):
-        new = base[f"blocks.{to}.hook_resid_pre"].clone()
-        new[:, places] = seen["resid"][:, places]
-        return new
-
-    others = [f"blocks.{to}.attn.hook_{x}" for x in "qkv" if x not in via]
-    model.run_with_hooks(
-        corrupted,
-        fwd_hooks=[
-            (f"blocks.{to}.hook_resid_pre", deliver),
-            *((name, put(name)) for name in others),
-            (f"blocks.{to}.attn.hook_z", note("z")),
-        ],
-    )
-
-    def read(z, hook):
-        z = z.clone()
-        z[:, -1, reader] = seen["z"][:, -1, reader]
-        return z
-
-    patched = model.run_with_hooks(corrupted, fwd_hooks=[(f"blocks.{to}.attn.hook_z", read)])
-    plain = model(corrupted)
-    answer, foil = int(contrast.answer[row]), int(contrast.foil[row])
-    return float((patched - plain)[0, -1, answer] - (patched - plain)[0, -1, foil])
-
-
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("through", THROUGH)
+@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("kind", KINDS)
-def test_paths_through_mlps_equal_the_plain_loop(arch, kind):
-    model = tiny_model(arch, kind)
-    names = [w for w in words() if w.startswith("w")]
-    task = tv.Task.from_pairs(dict(zip(names[:20], names[20:40], strict=True)))
-    clean = tv.make_prompts(model, task, n_demos=3, n_prompts=2, template="{x} is {y} ")
-    contrast = clean.corrupt("answers")
-    found = tv.patch_paths(
-        model, contrast, senders=[(0, 1), (1, 2)], receivers=[(2, 3)], via="kv", through="mlp"
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_paths_equal_the_plain_loop(arch, kind, dtype, through):
+    """From demonstrations of different length, both ways, by keys, values, both, and queries."""
+    model = tiny_model(arch, kind, dtype)
+    direction = "denoise" if dtype == torch.float32 else "noise"
+    with precise(dtype):
+        contrast = a_contrast(arch, kind, "rugged")
+        found = tv.patch_paths(
+            model,
+            contrast,
+            senders=SENDERS,
+            receivers=[READER],
+            via=VIA,
+            through=through,
+            direction=direction,
+        )
+        assert found.attrs["through"] == through
+        paths = [(s, READER, via) for s, via in itertools.product(SENDERS, ("k", "v", "kv"))]
+        paths = paths if dtype == torch.float32 else paths[1:3]
+        expected = naive.patch_paths(model, contrast, paths, direction=direction, through=through)
+        ours = [found.data.values[:, SENDERS.index(s), 0, VIA.index(via)] for s, _, via in paths]
+        agree(f"paths through {through}", np.stack(ours, 1), expected, dtype)
+        # The last token asks with its own query, which no demonstration's message reaches.
+        assert abs(found.data.sel(via="q")).max() < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("through", THROUGH)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_paths_from_the_last_token_reach_queries(arch, through, kind):
+    dtype, where = torch.float64, dict(sender_at="query_is", through=through)
+    model, contrast = tiny_model(arch, kind, dtype), a_contrast(arch, kind, "plain")
+    paths = [(SENDERS[0], READER, via) for via in VIA]
+    with precise(dtype):
+        found = tv.patch_paths(
+            model, contrast, senders=SENDERS, receivers=[READER], via=VIA, **where
+        )
+        expected = naive.patch_paths(model, contrast, paths, **where)
+    agree(f"paths from query_is through {through}", found.data[:, 0, 0], expected, dtype)
+    assert abs(found.data.sel(via="q")).max() > 1e-5
+
+
+def test_ways_differ_where_there_is_something_between():
+    """Otherwise the tests above would compare the same thing three times."""
+    model, contrast = tiny_model("gpt2", KINDS[0]), a_contrast("gpt2", KINDS[0], "rugged")
+    direct, mlp, position = (
+        tv.patch_paths(model, contrast, senders=[(0, 1)], receivers=[READER], through=through).data
+        for through in THROUGH
     )
-    with torch.no_grad():
-        for i, sender in enumerate([(0, 1), (1, 2)]):
-            for row in range(2):
-                expected = naive_mlp_path(model, contrast, row, sender, (2, 3), "kv")
-                assert float(found.data.values[row, i, 0, 0]) == pytest.approx(expected, abs=1e-5)
-    assert abs(found.data.values).max() > 1e-3  # the comparison is not of zeros
+    for one, other in itertools.combinations((direct, mlp, position), 2):
+        assert abs(one - other).max() > 1e-3
 
 
 def test_unknown_ways_are_refused(planted_contrast):

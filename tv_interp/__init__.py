@@ -20,8 +20,17 @@ if TYPE_CHECKING:
     )
     from .analysis.find import HeadReport, find_heads
     from .analysis.geometry import Geometry, measure_geometry
-    from .analysis.heads import knock_out, patch_heads, patch_sources, patch_together
+    from .analysis.heads import (
+        knock_out,
+        patch_heads,
+        patch_local_paths,
+        patch_sources,
+        patch_together,
+    )
+    from .analysis.interactions import patch_interactions
     from .analysis.paths import patch_paths
+    from .analysis.positions import patch_positions
+    from .analysis.ranking import HeadRanking, rank_heads
     from .analysis.vectors import Vectors, extract_vectors, function_vector, inject_vectors
     from .errors import TvInterpError
     from .interventions import Cut, Edge, Patch, Recorded, Site, record, run_variants
@@ -45,13 +54,18 @@ _HOME = {
     "find_heads": ".analysis.find",
     "knock_out": ".analysis.heads",
     "patch_heads": ".analysis.heads",
+    "patch_local_paths": ".analysis.heads",
     "patch_sources": ".analysis.heads",
     "patch_together": ".analysis.heads",
+    "patch_interactions": ".analysis.interactions",
     "patch_paths": ".analysis.paths",
     "Vectors": ".analysis.vectors",
     "extract_vectors": ".analysis.vectors",
     "function_vector": ".analysis.vectors",
     "inject_vectors": ".analysis.vectors",
+    "patch_positions": ".analysis.positions",
+    "HeadRanking": ".analysis.ranking",
+    "rank_heads": ".analysis.ranking",
     "TvInterpError": ".errors",
     "Cut": ".interventions",
     "Edge": ".interventions",
@@ -80,6 +94,7 @@ __all__ = [  # noqa: PLE0604
     "Cut",
     "Edge",
     "Geometry",
+    "HeadRanking",
     "HeadReport",
     "Metric",
     "Patch",
@@ -108,9 +123,13 @@ __all__ = [  # noqa: PLE0604
     "measure_convergence",
     "measure_geometry",
     "patch_heads",
+    "patch_interactions",
+    "patch_local_paths",
     "patch_paths",
+    "patch_positions",
     "patch_sources",
     "patch_together",
+    "rank_heads",
     "record",
     "run_variants",
     "write_report",

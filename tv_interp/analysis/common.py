@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, Literal
 
@@ -13,8 +14,9 @@ import xarray as xr
 from torch import Tensor
 
 from ..errors import ScoreError, TvInterpError, unknown
-from ..interventions.engine import Recorded, record
-from ..interventions.sites import Head, Site
+from ..interventions.engine import run_variants
+from ..interventions.recording import Recorded, record
+from ..interventions.sites import Head, Site, Variant
 from ..models.adapter import Adapter
 from ..prompts import Contrast, Prompts
 from ..prompts.roles import parse_role
@@ -74,8 +76,24 @@ class Experiment:
         sign = 1 if direction == "denoise" else -1
         self.total = sign * (self.readout(self.donor.logits, rows) - self.base_value)
 
-    def effects(self, values: Tensor) -> np.ndarray:
-        """Turn metric values ``[variant, prompt]`` into effects ``[prompt, variant]``."""
+    def effects(
+        self,
+        variants: Sequence[Variant],
+        progress: str | None = None,
+        *,
+        others: Literal["respond", "frozen"] = "respond",
+    ) -> np.ndarray:
+        """Run the base under each variant: effects ``[prompt, variant]``; see `run_variants`."""
+        values = run_variants(
+            self.model,
+            self.base.prompts,
+            variants,
+            self.readout,
+            others=others,
+            run=self.base,
+            max_memory=self.base.max_memory,
+            progress=progress,
+        )
         change = values - self.base_value
         return (change if self.direction == "denoise" else -change).T.numpy()
 
@@ -120,10 +138,15 @@ def provenance(adapter: Adapter) -> dict[str, Any]:
     return {
         "model": adapter.name,
         "model_class": type(adapter.model).__name__,
-        "tv_interp": version("tv-interp"),
-        "torch": version("torch"),
-        "transformer_lens": version("transformer-lens"),
+        "tv_interp": _version("tv-interp"),
+        "torch": _version("torch"),
+        "transformer_lens": _version("transformer-lens"),
     }
+
+
+@functools.cache
+def _version(package: str) -> str:
+    return version(package)  # reads and parses a file
 
 
 def all_heads(adapter: Adapter) -> list[Head]:

@@ -25,7 +25,7 @@ import xarray as xr
 
 from ..errors import PromptError, TvInterpError
 from ..files import make_directory, write_text
-from ..interventions.engine import chunks, record_run
+from ..interventions.recording import batches, check_memory, last_logits
 from ..models.adapter import Adapter
 from ..prompts import Contrast, Prompts, Sample, Task, get_task
 from ..scores import Scores, get_metric
@@ -265,7 +265,7 @@ def compare_vectors(
 
 
 def _values(adapter: Adapter, prompts: Prompts, metric: str) -> np.ndarray:
-    logits = record_run(adapter, prompts, keep_z=False).logits
+    logits = last_logits(adapter, prompts)
     readout = get_metric(metric).readout(Targets.of(prompts))
     return readout(logits, torch.arange(len(prompts))).float().numpy()
 
@@ -536,7 +536,7 @@ def attention_by_distance(model: Any, prompts: Prompts) -> Scores:
     positions = prompts.positions("answer")
     shape = (len(prompts), adapter.n_layers, adapter.n_heads, prompts.n_demos)
     attention = np.zeros(shape)
-    for rows, tokens in chunks(prompts):
+    for rows, tokens in batches(adapter, prompts, check_memory(None)):
         _, seen = adapter.read(tokens, [("pattern", la) for la in range(adapter.n_layers)])
         for layer in range(adapter.n_layers):
             last = seen["pattern", layer][:, :, -1].float().cpu()

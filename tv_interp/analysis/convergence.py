@@ -18,7 +18,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import PromptError, TvInterpError, unknown
-from ..interventions.engine import record_run, run_variants
+from ..interventions.engine import run_variants
+from ..interventions.recording import last_logits
 from ..interventions.sites import Cut, Head, Patch, Site, Variant
 from ..models.adapter import Adapter
 from ..prompts import Contrast, Prompts, Task, get_task, make_prompts
@@ -106,7 +107,7 @@ class Convergence:
         sites = ["none", "all", "one", "Pos Avg", "Pos Avg by class"]
         heads = ["none", "all", "one", "mean", "class", "ratio", "raw", "centr", "CKA", "dist"]
         lines = [
-            f"{s['task']} on {s['model']}: local vectors into dummies, {s["metric"]}; ratio one / all",
+            f"{s['task']} on {s['model']}: local vectors into dummies, {s['metric']}",
             "layer" + "".join(f"{h:>7}" for h in heads),
         ]
         ratio = self.ratio()["value"]
@@ -164,7 +165,7 @@ def measure_convergence(
         return inject_vectors(model, dummy, vectors, metric=measure).data.values
 
     one = [value(replace(local, data=local.data.isel(demo=i, drop=True))) for i in range(n_demos)]
-    logits = record_run(adapter, dummy, keep_z=False).logits
+    logits = last_logits(adapter, dummy)
     plain = measure.readout(Targets.of(dummy))(logits, torch.arange(len(dummy))).numpy()
     values = {
         "none": np.repeat(plain[:, None], adapter.n_layers, 1),
@@ -297,7 +298,7 @@ def convergence_boundary(
     for k in range(prompts.n_demos + 1):
         donors = contradict(contrast.clean, k, seed=seed)
         local = extract_vectors(model, donors)
-        logits = record_run(adapter, donors, keep_z=False).logits
+        logits = last_logits(adapter, donors)
         cell = [measure.readout(Targets.of(contrast.clean))(logits, rows).numpy()]
         for vectors in (local, local.pos_avg()):
             found = inject_vectors(model, contrast.corrupted, vectors, layers=layer, metric=measure)
@@ -541,9 +542,7 @@ def head_vectors(
         assert isinstance(total, xr.DataArray)
         changes[name] = replace(whole, data=total.cumsum("layer").assign_coords(whole.data.coords))
     readout = measure.readout(Targets.of(contrast.clean))
-    base = readout(
-        record_run(adapter, contrast.corrupted, keep_z=False).logits, torch.arange(len(contrast))
-    ).numpy()
+    base = readout(last_logits(adapter, contrast.corrupted), torch.arange(len(contrast))).numpy()
     dummy = replace(contrast.corrupted, answer=contrast.answer, foil=contrast.foil)
     values = [
         inject_vectors(model, dummy, v, mode="add", metric=measure).data.values - base[:, None]

@@ -29,7 +29,7 @@ import torch
 
 from ..errors import PromptError, TvInterpError, unknown
 from ..files import make_directory, write_text
-from ..interventions.engine import Recorded, record
+from ..interventions.recording import Recorded, record
 from ..interventions.sites import Head, Site
 from ..models.adapter import Adapter
 from ..prompts import Contrast, Prompts, Task, get_task, make_prompts

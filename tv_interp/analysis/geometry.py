@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import ScoreError, TvInterpError
-from ..interventions.engine import chunks
+from ..interventions.recording import batches, check_memory
 from ..models.adapter import Adapter, Edit, HookName
 from ..prompts import Prompts, get_task, make_prompts
 from ..prompts.tasks.categorization import Categorization
@@ -304,7 +304,7 @@ def ablate_subspaces(
     positions = positions if positions.ndim == 2 else positions[:, None]
     readout = measure.readout(Targets.of(prompts))
     values = np.zeros((len(prompts), len(runs), len(subspaces) + 1))
-    for rows, tokens in chunks(prompts):
+    for rows, tokens in batches(adapter, prompts, check_memory(None)):
         where = (torch.arange(len(rows))[:, None], positions[rows])
         plain, here = adapter.read(tokens, [])[0], rows.numpy()
         values[here, :, 0] = readout(plain, rows).numpy()[:, None]

@@ -15,6 +15,7 @@ References: Zhang & Nanda 2309.16042 (metrics, corruptions), Heimersheim & Nanda
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -22,10 +23,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..errors import ModelError, PromptError, TvInterpError, unknown
-from ..interventions.engine import Recorded, chunks, record_run, run_variants
+from ..errors import ModelError, PromptError, ScoreError, TvInterpError, unknown
+from ..interventions.engine import check_layers, run_variants
+from ..interventions.recording import Recorded, Run, record_run
 from ..interventions.sites import Cut, Head, Patch, Site, Variant
 from ..models.adapter import Adapter, Edit, HookName
+from ..models.replay import Layout, Tape
 from ..prompts import Contrast, Prompts
 from ..prompts.roles import DEMO_ROLES, ROLE_NAMES, Role, parse_role
 from ..scores import Metric, Scores, get_metric
@@ -82,21 +85,61 @@ def patch_heads(
         for demo in each:
             site = Site(layer, head, "z", at, demo)
             variants.append((Patch(site, value if demo is None else value[:, demo]),))
-    values = run_variants(
-        model,
-        run.base.prompts,
-        variants,
-        run.readout,
-        progress=f"{direction} {at}" if progress else None,
-    )
     n_layers, n_heads = run.adapter.n_layers, run.adapter.n_heads
     shape = (len(contrast), n_layers, n_heads, len(each))
-    effects = run.effects(values).reshape(shape)
+    label = f"{direction} {at}" if progress else None
+    effects = run.effects(variants, label).reshape(shape)
     coords = {"layer": np.arange(n_layers), "head": np.arange(n_heads)}
     if demos == "joint":
         return run.scores(effects[..., 0], ("layer", "head"), coords, demos=demos)
     return run.scores(
         effects, ("layer", "head", "demo"), coords | {"demo": np.array(each)}, demos=demos
+    )
+
+
+def patch_local_paths(
+    model: Any,
+    contrast: Contrast,
+    *,
+    at: str = "answer",
+    direction: Direction = "denoise",
+    metric: str | Metric = "logit_diff",
+    recorded: Recorded | None = None,
+    progress: bool = False,
+) -> Scores:
+    """Measure how much of what each head writes at a role reaches the last token directly.
+
+    The **local path effect**: as the write effect, but every token other than those of the role
+    and the last one stays as it was, so what the head wrote cannot travel through them. It is
+    another quantity than the write effect, not a faster way to it (the two correlated by -.6 on
+    one random model).
+
+    Args:
+        model: As in `patch_heads`.
+        contrast: As in `patch_heads`.
+        at: As in `patch_heads`.
+        direction: As in `patch_heads`.
+        metric: As in `patch_heads`.
+        recorded: As in `patch_heads`.
+        progress: As in `patch_heads`.
+
+    Returns:
+        Scores over ``(prompt, layer, head)`` with ``effect="local path"`` in their attributes.
+
+    Raises:
+        ModelError: if the model's blocks cannot be called by themselves; and as `patch_heads`.
+    """
+    run = Experiment(model, contrast, recorded, direction, metric, at)
+    z, heads = run.donor.z_at(at), all_heads(run.adapter)
+    variants = [(Patch(Site(la, h, "z", at), z[:, la, ..., h, :]),) for la, h in heads]
+    label = f"local {direction} {at}" if progress else None
+    effects = run.effects(variants, label, others="frozen")
+    n_layers, n_heads = run.adapter.n_layers, run.adapter.n_heads
+    return run.scores(
+        effects.reshape(len(contrast), n_layers, n_heads),
+        ("layer", "head"),
+        {"layer": np.arange(n_layers), "head": np.arange(n_heads)},
+        effect="local path",
     )
 
 
@@ -136,10 +179,8 @@ def patch_together(
         members = list(heads)
         sites = as_sites(members, at, run.adapter) if members else []
         variants.append(tuple(Patch(s, z[:, s.layer, ..., s.head, :]) for s in sites))
-    values = run_variants(
-        model, run.base.prompts, variants, run.readout, progress=f"{at} sets" if progress else None
-    )
-    return run.scores(run.effects(values), ("site",), {"site": list(sets)})
+    effects = run.effects(variants, f"{at} sets" if progress else None)
+    return run.scores(effects, ("site",), {"site": list(sets)})
 
 
 def patch_sources(
@@ -213,14 +254,8 @@ def patch_sources(
         for part in parts
         for site in sites
     ]
-    values = run_variants(
-        model,
-        run.base.prompts,
-        variants,
-        run.readout,
-        progress=f"sources {at}" if progress else None,
-    )
-    effects = run.effects(values).reshape(len(contrast), len(wanted), len(parts), len(sites))
+    effects = run.effects(variants, f"sources {at}" if progress else None)
+    effects = effects.reshape(len(contrast), len(wanted), len(parts), len(sites))
     coords = {"role": wanted, "part": list(parts), "site": [str(s) for s in sites]}
     return run.scores(effects, ("role", "part", "site"), coords)
 
@@ -261,9 +296,8 @@ def _source_changes(
     parts: Sequence[Part],
 ) -> dict[tuple[str, str, Site], Tensor]:
     """Compute the change of z for each role, part and site, ``[prompt, *demo, d_head]``."""
-    adapter, prompts = run.adapter, run.contrast.clean
-    layers = sorted({site.layer for site in sites})
-    positions = prompts.positions(run.at)
+    check_layers(run.base)
+    adapter, positions = run.adapter, run.contrast.clean.positions(run.at)
     flat = positions.ndim == 1
     positions = positions[:, None] if flat else positions
     shape = (*positions.shape, adapter.d_head)
@@ -273,64 +307,118 @@ def _source_changes(
         for part in parts
         for site in sites
     }
-    for rows, tokens in chunks(run.base.prompts):
-        n, every = tokens.shape[1], torch.arange(len(rows))
-        tapes = adapter.tape(tokens), adapter.tape(run.donor.prompts.tokens[rows, :n])
-        where = positions[rows].to(adapter.device)
-        index = torch.arange(len(rows), device=adapter.device)[:, None]
-        for layer in layers:
-            names = [(what, layer) for what in ("q", "k", "v", "z", "pattern")]
-            base, donor = (adapter.read_block(tape, layer, every, names) for tape in tapes)
-            _check_attention(adapter, base, layer)
-
-            def pattern(edits: dict[HookName, Edit], layer=layer, tape=tapes[0], every=every):
-                name = ("pattern", layer)
-                return adapter.read_block(tape, layer, every, [name], edits)[name]
-
-            turned = None
-            if "q" in parts:
-                turned = pattern({("q", layer): _put(donor["q", layer])})
+    runs = zip(run.base.tapes(), run.donor.tapes(), strict=True)
+    for (rows, tape), (_, other) in runs:
+        for layer, demo in product(sorted({s.layer for s in sites}), range(shape[1])):
+            here = [site for site in sites if site.layer == layer]
+            heads = [site.at[1] for site in here]
+            look = _Look(run.base, tape, other, layer, positions[rows, demo])
+            a_q = look.with_queries() if "q" in parts else look.base
             for role, mask in masks.items():
-                m = mask[rows, :, :n].to(adapter.device)
-                rekeyed = None
-                if {"k", "kv"} & set(parts):  # the keys of a role may differ from dest to dest
-                    rekeyed = [
-                        pattern({("k", layer): _put_where(m[:, d], donor["k", layer])})
-                        for d in range(m.shape[1])
-                    ]
-                for site in (s for s in sites if s.layer == layer):
-                    at = (index, site.head, where)
-                    v, v_donor = (
-                        run_["v", layer][:, :, adapter.kv_head(site.at[1])]
-                        for run_ in (base, donor)
-                    )
-                    a = base["pattern", layer][at]
-                    mixed = _Mixture(
-                        mask=m,
-                        a=a,
-                        a_donor=donor["pattern", layer][at],
-                        a_q=a if turned is None else turned[at],
-                        a_k=a
-                        if rekeyed is None
-                        else torch.stack([r[at][:, d] for d, r in enumerate(rekeyed)], 1),
-                        v=v,
-                        v_donor=v_donor,
-                    )
-                    for part in parts:
-                        out[role, part, site][rows] = mixed.change(part).cpu()
+                m = mask[rows, demo, : tape.n_pos].to(adapter.device)
+                a_k = look.with_keys(m) if {"k", "kv"} & set(parts) else look.base
+                mixture = look.mixture(heads, m, a_q, a_k)
+                for part in parts:
+                    for site, change in zip(here, mixture.change(part).unbind(1), strict=True):
+                        out[role, part, site][rows, demo] = change.cpu()
     return {key: value[:, 0] for key, value in out.items()} if flat else out
 
 
-class _Mixture(NamedTuple):
-    """One head's attention and values in two runs, at some tokens, with keys of one role marked.
+class _Look:
+    """What one layer's heads see from one token of each prompt, in two runs.
 
     Attributes:
-        mask: ``[row, dest, src]`` keys of the role.
-        a: Attention of the base run.
+        base: Attention of the base run, ``[row, head, src]``.
+        donor: Attention of the donor run.
+    """
+
+    def __init__(self, run: Run, base: Tape, donor: Tape, layer: int, where: Tensor) -> None:
+        """Call the block at these tokens alone, or at all where it cannot be."""
+        self.adapter, self.layer, self.tapes = run.adapter, layer, (base, donor)
+        tokens = where.unique() if run.replays.groups else torch.arange(base.n_pos)
+        self.layout = Layout.frozen(tokens)
+        self.slot = torch.searchsorted(tokens, where).to(self.adapter.device)
+        self.row = torch.arange(len(where), device=self.adapter.device)
+        self.v, self.v_donor = (self._values(tape) for tape in self.tapes)
+        self.seen: list[dict[HookName, Tensor]] = [{}, {}]
+        self.base = self._attend(base, keep=self.seen[0])
+        self.donor = self._attend(donor, keep=self.seen[1])
+        self._check_attention()
+
+    def with_queries(self) -> Tensor:
+        """Attention of the base run with the donor's queries."""
+        name = ("q", self.layer)
+        return self._attend(self.tapes[0], edits={name: lambda q: self.seen[1][name]})
+
+    def with_keys(self, mask: Bool[Tensor, "row src"]) -> Tensor:
+        """Attention of the base run with the donor's keys where marked, the softmax recomputed."""
+        name, layout = ("k", self.layer), self.layout
+        own = mask[:, layout.tokens.to(mask.device)][..., None, None]
+        front = None
+        if len(layout.front):
+            front = self.adapter.exchanged(*self.tapes, self.layer, layout, mask)
+        edits: dict[HookName, Edit] = {name: lambda k: torch.where(own, self.seen[1][name], k)}
+        return self._attend(self.tapes[0], edits=edits, front=front)
+
+    def mixture(self, heads: Sequence[int], mask: Tensor, a_q: Tensor, a_k: Tensor) -> _Mixture:
+        """Look at some heads."""
+        groups = [self.adapter.kv_head(head) for head in heads]
+        rows = [a[:, heads] for a in (self.base, self.donor, a_q, a_k)]
+        a, a_donor, a_q, a_k = rows
+        v, v_donor = self.v[:, :, groups], self.v_donor[:, :, groups]
+        return _Mixture(mask[:, None], a, a_donor, a_q, a_k, v, v_donor)
+
+    def _attend(
+        self,
+        tape: Tape,
+        *,
+        edits: Mapping[HookName, Edit] | None = None,
+        front: tuple[Tensor, Tensor] | None = None,
+        keep: dict[HookName, Tensor] | None = None,
+    ) -> Float[Tensor, "row head src"]:
+        """Call the block until it has attended, and put each key at its position."""
+        seen: dict[HookName, Tensor] = {} if keep is None else keep
+        names = [(what, self.layer) for what in ("q", "k", "pattern")]
+        reads = {name: lambda a, name=name: seen.update({name: a}) for name in names}
+        tokens = self.layout.tokens.to(self.adapter.device)
+        x = tape.resid[self.layer][:, tokens]
+        seen["z", self.layer] = self.adapter.block(
+            tape, self.layer, x, self.layout, front=front, edits=edits, reads=reads, until="z"
+        )
+        pattern = seen["pattern", self.layer]
+        out = pattern.new_zeros(*pattern.shape[:2], tape.n_pos)
+        out[..., self.layout.keys.to(out.device)] = pattern[self.row, :, self.slot]
+        return out
+
+    def _values(self, tape: Tape) -> Float[Tensor, "row src kv_head d_head"]:
+        if tape.has_keys:
+            return self.adapter.recorded_values(tape, self.layer)
+        name = ("v", self.layer)
+        return self.adapter.read_block(tape, self.layer, [name])[name]
+
+    def _check_attention(self) -> None:
+        """Check that a head's output is its attention pattern times its values."""
+        adapter, z = self.adapter, self.seen[0]["z", self.layer][self.row, self.slot]
+        v = self.v.repeat_interleave(adapter.n_heads // adapter.n_kv_heads, 2)
+        ours = _mix(self.base, v)
+        error = (ours - z).abs().max() / (1 + z.abs().max())
+        if error > (0.05 if z.dtype in (torch.bfloat16, torch.float16) else 1e-4):
+            raise ModelError(
+                f"layer {self.layer} of {adapter.name}: a head's output differs from pattern @ v "
+                f"by {error:.1g}, so its sources cannot be split exactly; use patch_heads"
+            )
+
+
+class _Mixture(NamedTuple):
+    """Attention of some heads from one token of each prompt, and their values, in two runs.
+
+    Attributes:
+        mask: ``[row, 1, src]`` keys of a role.
+        a: ``[row, head, src]`` attention of the base run.
         a_donor: Attention of the donor run.
         a_q: Attention with the donor's queries and the base's keys.
         a_k: Attention with the base's queries, and the donor's keys at the role.
-        v: ``[row, src, d_head]`` values of the base run.
+        v: ``[row, src, head, d_head]`` values of the base run.
         v_donor: Values of the donor run.
     """
 
@@ -342,44 +430,31 @@ class _Mixture(NamedTuple):
     v: Tensor
     v_donor: Tensor
 
-    def change(self, part: Part) -> Float[Tensor, "row dest d_head"]:
+    def change(self, part: Part) -> Float[Tensor, "row head d_head"]:
         """Compute the change of z; see `patch_sources`."""
         moved, other = self.a_donor - self.a, self.v_donor - self.v
         match part:
             case "pattern":
-                return (moved * self.mask) @ self.v
+                return _mix(moved * self.mask, self.v)
             case "q":
-                return ((self.a_q - self.a) * self.mask) @ self.v
+                return _mix((self.a_q - self.a) * self.mask, self.v)
             case "k":
-                return (self.a_k - self.a) @ self.v
+                return _mix(self.a_k - self.a, self.v)
             case "value":
-                return (self.a * self.mask) @ other
+                return _mix(self.a * self.mask, other)
             case "interaction":
-                return (moved * self.mask) @ other
+                return _mix(moved * self.mask, other)
             case "both":
-                return (self.a_donor * self.mask) @ self.v_donor - (self.a * self.mask) @ self.v
+                theirs = _mix(self.a_donor * self.mask, self.v_donor)
+                return theirs - _mix(self.a * self.mask, self.v)
             case "kv":
-                return (self.a_k - self.a) @ self.v + (self.a_k * self.mask) @ other
+                return _mix(self.a_k - self.a, self.v) + _mix(self.a_k * self.mask, other)
 
 
-def _put(value: Tensor) -> Edit:
-    return lambda activation: value
-
-
-def _put_where(mask: Bool[Tensor, "row src"], value: Tensor) -> Edit:
-    return lambda activation: torch.where(mask[:, :, None, None], value, activation)
-
-
-def _check_attention(adapter: Adapter, seen: Mapping[HookName, Tensor], layer: int) -> None:
-    """Check that a head's output is its attention pattern times its values."""
-    pattern, v, z = (seen[w, layer] for w in ("pattern", "v", "z"))
-    v = v.repeat_interleave(adapter.n_heads // adapter.n_kv_heads, 2)
-    error = (torch.einsum("bhds,bshe->bdhe", pattern, v) - z).abs().max() / (1 + z.abs().max())
-    if error > (0.05 if pattern.dtype in (torch.bfloat16, torch.float16) else 1e-4):
-        raise ModelError(
-            f"layer {layer} of {adapter.name}: a head's output differs from pattern @ v by "
-            f"{error:.1g}, so its sources cannot be split exactly; use patch_heads"
-        )
+def _mix(
+    weights: Float[Tensor, "row head src"], values: Float[Tensor, "row src head d_head"]
+) -> Float[Tensor, "row head d_head"]:
+    return torch.einsum("bhs,bshe->bhe", weights, values)
 
 
 def knock_out(
@@ -391,6 +466,7 @@ def knock_out(
     sets: Mapping[str, Iterable[Site | Head]] | None = None,
     demos: Sequence[int] | None = None,
     metric: str | Metric = "logit_diff",
+    recorded: Run | None = None,
     progress: bool = False,
 ) -> Scores:
     """Cut attention from one role to another, head by head or for sets of heads.
@@ -407,6 +483,8 @@ def knock_out(
             effect 0.
         demos: Cut only what is in these demonstrations, for a src of demonstrations; None for all.
         metric: Name of a metric; ``kl`` compares with the run that is not cut.
+        recorded: The run of these prompts, such as ``record(model, contrast).clean``; None
+            records it.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -421,7 +499,12 @@ def knock_out(
     """
     adapter = Adapter.of(model)
     metric = get_metric(metric)
-    clean = record_run(adapter, prompts)
+    clean = recorded if recorded is not None else record_run(adapter, prompts)
+    if clean.prompts is not prompts or clean.adapter.model is not model:
+        raise ScoreError(
+            "recorded= belongs to another model or other prompts: take it from "
+            "record(model, contrast).clean for knock_out(model, contrast.clean)"
+        )
     readout = metric.readout(Targets.of(prompts, clean.logits if metric.name == "kl" else None))
     value = readout(clean.logits, torch.arange(len(prompts)))
     dest_mask, src_mask = prompts.mask(dest), prompts.mask(src)
@@ -439,8 +522,9 @@ def knock_out(
     variants: list[Variant] = [
         tuple(Cut(layer, head, dest_mask, src_mask) for layer, head in group) for group in groups
     ]
+    label = f"cut {dest} <- {src}" if progress else None
     values = run_variants(
-        model, prompts, variants, readout, progress=f"cut {dest} <- {src}" if progress else None
+        model, prompts, variants, readout, run=clean, max_memory=clean.max_memory, progress=label
     )
     chance = metric.chance(adapter.model.cfg.d_vocab)
     attrs = provenance(adapter) | prompts.provenance

@@ -2,13 +2,15 @@
 
 Path effect of writer w on reader r, denoising (clean into corrupted; noising is the reverse):
 
-1. w's output at the answer positions is exchanged in the base run; the change of what the block's
-   attention adds to the residual stream there is w's message (post-norms are included).
-2. The message is added to the residual stream that r's layer reads at those positions: as it is
-   (``through="direct"``), or with what the MLPs in between make of it at the same positions, all
-   attention staying as it was (``"mlp"``; a vector that a writer starts and an MLP finishes has no
-   direct path). Only the chosen inputs of r (k, v, both, or q) see it;
-   on grouped-query attention r alone, as if ungrouped.
+1. w's output at the answer positions is exchanged in the base run. What the residual stream there
+   gets from it until r's layer is w's message: the change of what the block's attention adds
+   (``through="direct"``, post-norms included), and what the MLPs in between make of it at the same
+   positions, all attention staying as it was (``"mlp"``: a vector that a writer starts and an MLP
+   finishes has no direct path), or what all components in between make of it there, all other
+   positions staying as they were (``"position"``).
+2. The message is added to the residual stream that r's layer reads at those positions. Only the
+   chosen inputs of r (k, v, both, or q) see it; on grouped-query attention r alone, as if
+   ungrouped.
 3. r's z at the last token is recomputed, and patched into the base run; all that follows is free.
 """
 
@@ -19,13 +21,14 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import PromptError, TvInterpError, unknown
-from ..interventions.engine import ROWS_PER_RUN, Recorded, Run, chunks, run_variants
+from ..interventions.engine import MOST_SLOTS, Batch, call_groups
+from ..interventions.recording import Recorded
 from ..interventions.sites import Head, Patch, Site, Variant
-from ..models.adapter import Adapter, Edit, HookName
-from ..models.replay import Tape
+from ..models.adapter import Edit, HookName
 from ..prompts import Contrast
 from ..prompts.roles import DEMO_ROLES, parse_role
 from ..scores import Metric, Scores
@@ -33,8 +36,8 @@ from .common import Direction, Experiment, all_heads, as_sites
 
 Via = Literal["q", "k", "v", "kv"]
 VIA: tuple[Via, ...] = ("q", "k", "v", "kv")
-Through = Literal["direct", "mlp"]
-THROUGH: tuple[Through, ...] = ("direct", "mlp")
+Through = Literal["direct", "mlp", "position"]
+THROUGH: tuple[Through, ...] = ("direct", "mlp", "position")
 
 
 def patch_paths(
@@ -61,7 +64,8 @@ def patch_paths(
         senders: Heads that write, at ``sender_at``; None for all in layers below some receiver.
         via: Which of the receiver's inputs the message reaches; several for an axis of them.
         through: ``"direct"``: through the residual stream alone. ``"mlp"``: the MLPs between,
-            at the sender's positions, respond too; all attention stays as it was.
+            at the sender's positions, respond too; all attention stays as it was. ``"position"``:
+            heads at these positions respond as well; all other positions stay as they were.
         sender_at: Role at which senders write.
         receiver_at: Role at which receivers read; the last token.
         direction: As in `patch_heads`.
@@ -103,18 +107,16 @@ def patch_paths(
             "no path between the chosen senders and receivers: every sender is in the layer of a "
             "receiver or above; choose senders below"
         )
-    messages = _messages(adapter, run.base, run.donor, pairs, through)
-    received = _receive(adapter, run.base, messages, pairs, several)
+    received = _receive(run, pairs, several, through)
     variants: list[Variant] = [
         (Patch(r, received[s, r, one]),) for s, r in pairs for one in several
     ]
-    values = run_variants(
-        model, run.base.prompts, variants, run.readout, progress="paths" if progress else None
-    )
+    found = run.effects(variants, "paths" if progress else None)
+    found = found.reshape(len(contrast), len(pairs), len(several))
     effects = np.zeros((len(contrast), len(write_at), len(read_at), len(several)))
-    found = run.effects(values).reshape(len(contrast), len(pairs), len(several))
+    row_of, column_of = ({site: i for i, site in enumerate(at)} for at in (write_at, read_at))
     for i, (s, r) in enumerate(pairs):
-        effects[:, write_at.index(s), read_at.index(r)] = found[:, i]
+        effects[:, row_of[s], column_of[r]] = found[:, i]
     coords = {
         "sender": [str(s) for s in write_at],
         "receiver": [str(r) for r in read_at],
@@ -123,128 +125,143 @@ def patch_paths(
     return run.scores(effects, ("sender", "receiver", "via"), coords, through=through)
 
 
-def _messages(
-    adapter: Adapter,
-    base: Run,
-    donor: Run,
-    pairs: Sequence[tuple[Site, Site]],
-    through: Through,
-) -> dict[tuple[Site, int], Tensor]:
-    """Compute each sender's change of what a receiver reads, ``[prompt, demo, d_model]``."""
-    wanted = sorted({(s, r.layer) for s, r in pairs})
-    role = pairs[0][0].role
-    places, values = _demo_axis(base.prompts.positions(role), 2), donor.z_at(role)
-    width = adapter.model.cfg.d_model
-    out = {key: torch.zeros(*places.shape, width, dtype=adapter.dtype) for key in wanted}
-    for rows, tokens in chunks(base.prompts):
-        index = torch.arange(len(rows), device=adapter.device)[:, None]
-        at = (index, places[rows].to(adapter.device))
-        tape, every = adapter.tape(tokens), torch.arange(len(rows))
-        top = max(layer for _, layer in wanted)
-        plain = {}
-        for layer in range(min(s.layer for s, _ in wanted), top):
-            plain |= adapter.read_block(tape, layer, every, [("attn_out", layer)])
-        for site in sorted({s for s, _ in wanted}):
-            value = _demo_axis(values[rows, site.layer, ..., site.head, :], 3).to(adapter.device)
-            name, edit = ("attn_out", site.layer), _replace((*at, site.head), value)
-            z = {("z", site.layer): edit}
-            written = adapter.read_block(tape, site.layer, every, [name], z)[name][at]
-            layers = [layer for s, layer in wanted if s == site]
-            if through == "direct":
-                change: Tensor = written - plain[name][at]
-                changes = dict.fromkeys(layers, change)
-            else:
-                frozen: dict[HookName, Edit] = {
-                    key: _put(value) for key, value in plain.items() if key[1] > site.layer
-                }
-                frozen[name] = _replace(at, written)
-                changes = _respond(adapter, tape, site.layer, layers, frozen, at)
-            for layer, change in changes.items():
-                out[site, layer][rows] = change.cpu()
-    return out
-
-
-def _respond(
-    adapter: Adapter, tape: Tape, layer: int, layers: Sequence[int], edits: dict, at: tuple
-) -> dict[int, Tensor]:
-    """Run from a layer on with all attention as recorded, and read the residual stream's change."""
-    store: dict[int, Tensor] = {}
-
-    def reader(receiver: int):
-        def read(resid: Tensor) -> None:
-            store[receiver] = resid[at] - tape.resid[receiver][at]
-
-        return read
-
-    reads = {("resid_post", receiver - 1): reader(receiver) for receiver in layers}
-    rows, until = torch.arange(len(tape.resid[0])), max(layers)
-    edits = {key: edit for key, edit in edits.items() if key[1] < until}
-    adapter.replay(tape, layer, 0, rows, edits=edits, reads=reads, until=until)
-    return store
-
-
-def _demo_axis(values: Tensor, ndim: int) -> Tensor:
-    """Give values at a role outside of demonstrations a demonstration axis of one."""
-    return values if values.ndim == ndim else values[:, None]
-
-
 def _receive(
-    adapter: Adapter,
-    base: Run,
-    messages: dict[tuple[Site, int], Tensor],
-    pairs: Sequence[tuple[Site, Site]],
-    several: Sequence[Via],
+    run: Experiment, pairs: Sequence[tuple[Site, Site]], several: Sequence[Via], through: Through
 ) -> dict[tuple[Site, Site, Via], Tensor]:
-    """Recompute the receivers' z at their last token, ``[prompt, d_head]``, with each message."""
-    out: dict[tuple[Site, Site, Via], Tensor] = {}
-    shape = (len(base.prompts), adapter.d_head)
+    """Compute the receivers' z at their token with each sender's message, ``[prompt, d_head]``."""
+    adapter, prompts = run.adapter, run.base.prompts
     senders_of: dict[int, list[Site]] = {}
+    for sender, receiver in dict.fromkeys((s, r.layer) for s, r in pairs):
+        senders_of.setdefault(receiver, []).append(sender)
+    receivers_of: dict[tuple[Site, int], list[Site]] = {}
     for sender, receiver in pairs:
-        group = senders_of.setdefault(receiver.layer, [])
-        if sender not in group:
-            group.append(sender)
-        for via in several:
-            out[sender, receiver, via] = torch.zeros(shape, dtype=adapter.dtype)
-    places = _demo_axis(base.prompts.positions(pairs[0][0].role), 2)
-    last = base.prompts.positions(pairs[0][1].role)
-    for rows, tokens in chunks(base.prompts, ROWS_PER_RUN // 4):
-        tape = adapter.tape(tokens)
+        receivers_of.setdefault((sender, receiver.layer), []).append(receiver)
+    shape = (len(prompts), adapter.d_head)
+    out: dict[tuple[Site, Site, Via], Tensor] = {
+        (s, r, via): torch.zeros(shape, dtype=adapter.dtype) for s, r in pairs for via in several
+    }
+    values = run.donor.z_at(pairs[0][0].role)
+    for rows, tape in run.base.tapes():
+        batch = Batch(run.base, rows, tape, run.base.max_memory)
+        messages = _Messages(batch, pairs[0][0].role, values[rows].to(adapter.device), through)
+        sent = messages.send({s: max(la for t, la in receivers_of if t == s) for s, _ in pairs})
         for layer, senders in senders_of.items():
-            readers = sorted({r for _, r in pairs if r.layer == layer})
-            n, every = len(senders), torch.arange(len(rows))
-            plain = adapter.read_block(tape, layer, every, [(what, layer) for what in "qkv"])
-            index = torch.arange(n * len(rows), device=adapter.device)[:, None]
-            message = torch.zeros(n * len(rows), *tape.resid[layer].shape[1:], dtype=adapter.dtype)
-            message = message.to(adapter.device)
-            where = (index, places[rows].repeat(n, 1).to(adapter.device))
-            message[where] = torch.cat([messages[s, layer][rows] for s in senders]).to(
-                adapter.device
-            )
-            for via in several:
-                edits = {}
-                for what in {"q", "k", "v"} - set(via):
-                    whole = plain[what, layer]
-                    edits[what, layer] = _put(whole.repeat(n, *[1] * (whole.ndim - 1)))
-                store = adapter.read_block(
-                    tape, layer, every.repeat(n), [("z", layer)], edits, add=message
-                )
-                z = store["z", layer].unflatten(0, (n, len(rows)))
-                for i, sender in enumerate(senders):
-                    for reader in readers:
-                        key = (sender, reader, via)
-                        if key in out:
-                            out[key][rows] = z[i, every, last[rows], reader.head].cpu()
+            for some in messages.few(senders):
+                for via in several:
+                    z = messages.receive(layer, [sent[s, layer] for s in some], via)
+                    for i, sender in enumerate(some):
+                        for reader in receivers_of[sender, layer]:
+                            out[sender, reader, via][rows] = z[:, i, reader.at[1]].cpu()
     return out
 
 
-def _replace(at: tuple, value: Tensor):
-    def edit(activation: Tensor) -> Tensor:
-        new = activation.clone()
-        new[at] = value
-        return new
+class _Messages:
+    """What senders write at some tokens of a batch, and what a layer's heads make of it.
 
-    return edit
+    Senders are laid side by side, each at its own copy of the tokens, and behind them one copy that
+    nobody changes: what is frozen takes its value from there.
+    """
 
+    def __init__(self, batch: Batch, role: str, values: Tensor, through: Through) -> None:
+        """Keep a batch, the donor's head outputs at the senders' role, and the way."""
+        self.batch, self.through = batch, through
+        self.places = batch.places(role)
+        self.values = values if values.ndim == 5 else values[:, :, None]
+        self.own = torch.zeros(len(batch.rows), batch.tape.n_pos, dtype=torch.bool)
+        self.own.scatter_(1, self.places, True)
+        self.tokens = self.own.any(0).nonzero()[:, 0]
+        self.read_at = torch.unique(torch.cat([self.tokens, torch.tensor([batch.last])]))
 
-def _put(value: Tensor):
-    return lambda activation: value
+    def few(self, senders: Sequence[Site]) -> list[Sequence[Site]]:
+        """Split senders into as many as fit side by side."""
+        size = max(1, MOST_SLOTS // len(self.read_at) - 1)
+        return [senders[i : i + size] for i in range(0, len(senders), size)]
+
+    def send(self, tops: dict[Site, int]) -> dict[tuple[Site, int], Tensor]:
+        """Compute each sender's message ``[row, token, d_model]`` to each layer up to its top."""
+        out: dict[tuple[Site, int], Tensor] = {}
+        for some in self.few(sorted(tops)):
+            if self.through == "direct":
+                for layer in sorted({site.layer for site in some}):
+                    here = [site for site in some if site.layer == layer]
+                    x = self._copies(layer, len(here) + 1)
+                    edits = {("z", layer): self._exchange(here)}
+                    written = self._call(layer, x, edits=edits, until="attn_out")
+                    for site, change in zip(here, self._changes(written), strict=True):
+                        out |= {(site, to): change for to in range(layer + 1, tops[site] + 1)}
+            else:
+                self._follow(some, tops, out)
+        return out
+
+    def _follow(
+        self, some: Sequence[Site], tops: dict[Site, int], out: dict[tuple[Site, int], Tensor]
+    ) -> None:
+        """Follow messages through what responds, layer by layer."""
+        first, top = some[0].layer, max(tops[site] for site in some)
+        x = self._copies(first, len(some) + 1)
+        for layer in range(first, top):
+            here = [site if site.layer == layer else None for site in some]
+            edits: dict[HookName, Edit] = {("z", layer): self._exchange(here)} if any(here) else {}
+            if self.through == "mlp":
+                started = [site.layer < layer for site in some]
+                edits["attn_out", layer] = lambda a, frozen=started: self._as_plain(a, frozen)
+            x = self._call(layer, x, edits=edits)
+            if self.through == "position":
+                free = self.own[:, self.tokens].repeat(1, len(some) + 1).to(x.device)
+                x = torch.where(free[..., None], x, self._copies(layer + 1, len(some) + 1))
+            for site, change in zip(some, self._changes(x), strict=True):
+                if site.layer <= layer < tops[site]:
+                    out[site, layer + 1] = change
+
+    def receive(
+        self, layer: int, messages: Sequence[Tensor], via: Via
+    ) -> Float[Tensor, "row sender head d_head"]:
+        """Compute a layer's z at the last token with each message in the inputs of ``via``."""
+        n, slots = len(messages) + 1, torch.isin(self.read_at, self.tokens)
+        x = self.batch.tape.resid[layer][:, self.read_at.to(messages[0].device)]
+        x = x[:, None].repeat(1, n, 1, 1)
+        x[:, :-1, slots.to(x.device)] += torch.stack(list(messages), 1)
+        edits: dict[HookName, Edit] = {
+            (what, layer): self._as_plain for what in "qkv" if what not in via
+        }
+        z = call_groups(self.batch, layer, x.flatten(1, 2), self.read_at, edits=edits, until="z")
+        return z.unflatten(1, (n, -1))[:, :-1, -1]
+
+    def _call(self, layer: int, x: Tensor, **how: Any) -> Tensor:
+        return call_groups(self.batch, layer, x, self.tokens, **how)
+
+    def _copies(self, layer: int, n: int) -> Tensor:
+        return self.batch.tape.resid[layer][:, self.tokens.to(self.values.device)].repeat(1, n, 1)
+
+    def _changes(self, activation: Tensor) -> Sequence[Tensor]:
+        """Subtract the unchanged copy from the others."""
+        each = activation.unflatten(1, (-1, len(self.tokens)))
+        return (each[:, :-1] - each[:, -1:]).unbind(1)
+
+    def _as_plain(self, activation: Tensor, frozen: Sequence[bool] | None = None) -> Tensor:
+        """Put the unchanged copy in the place of the others, or of some."""
+        width = len(self.tokens) if frozen is not None else len(self.read_at)
+        each = activation.unflatten(1, (-1, width))
+        new = each[:, -1:].expand_as(each)
+        if frozen is not None:
+            mask = torch.tensor([*frozen, False], device=each.device)
+            new = torch.where(mask[:, None, None], new, each)
+        return new.flatten(1, 2)
+
+    def _exchange(self, sites: Sequence[Site | None]) -> Edit:
+        """Put the donor's z of each sender into its copy, at the sender's places of each prompt."""
+        slot_of = torch.zeros(self.batch.tape.n_pos, dtype=torch.long)
+        slot_of[self.tokens] = torch.arange(len(self.tokens))
+        slot = slot_of[self.places].to(self.values.device)
+        row = torch.arange(len(slot), device=slot.device)[:, None]
+
+        def edit(z: Tensor) -> Tensor:
+            new = z.clone()
+            for i, site in enumerate(sites):
+                if site is not None:
+                    new[row, slot + i * len(self.tokens), site.at[1]] = self.values[
+                        :, site.layer, :, site.at[1]
+                    ]
+            return new
+
+        return edit

@@ -24,7 +24,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import FileError, ModelError, PromptError, TvInterpError, unknown
-from ..interventions.engine import check_fits, chunks, record_run, run_variants
+from ..interventions.engine import run_variants
+from ..interventions.recording import batches, check_fits, check_memory, last_logits
 from ..interventions.sites import Head, Patch, Site, Variant
 from ..models.adapter import Adapter, Edit, HookName
 from ..prompts import Prompts
@@ -187,7 +188,7 @@ def extract_vectors(
         values = residual_at(adapter, prompts, at, "resid_post")
     else:
         values = _writes_at(adapter, prompts, at, by_layer)
-    logits = record_run(adapter, prompts, keep_z=False).logits.float()
+    logits = last_logits(adapter, prompts).float()
     layers = range(adapter.n_layers)
     coords: dict[str, Any] = {"prompt": np.arange(len(prompts)), "layer": np.arange(len(layers))}
     dims: tuple[str, ...] = ("prompt", "layer", "d_model")
@@ -218,7 +219,7 @@ def residual_at(
         store = adapter.read(tokens, names)[1]
         return [store[name] for name in names]
 
-    return _collect(prompts, at, read)
+    return _collect(adapter, prompts, at, read)
 
 
 def _writes_at(
@@ -232,17 +233,17 @@ def _writes_at(
             for layer in range(adapter.n_layers)
         ]
 
-    return _collect(prompts, at, read)
+    return _collect(adapter, prompts, at, read)
 
 
 def _collect(
-    prompts: Prompts, at: str, read: Callable[[Tensor], list[Tensor]]
+    adapter: Adapter, prompts: Prompts, at: str, read: Callable[[Tensor], list[Tensor]]
 ) -> Float[Tensor, "prompt layer *demo d_model"]:
     """Go through the prompts and pick a role's last tokens out of what is read in each layer."""
     positions = prompts.positions(at)
     columns = positions if positions.ndim == 2 else positions[:, None]
     parts, order = [], []
-    for rows, tokens in chunks(prompts):
+    for rows, tokens in batches(adapter, prompts, check_memory(None)):
         index = torch.arange(len(rows))[:, None]
         taken = torch.stack([layer.cpu()[index, columns[rows]] for layer in read(tokens)], 1)
         # half precisions have no place in netCDF
@@ -385,7 +386,7 @@ def inject_vectors(
 
 def _plain_run(adapter: Adapter, prompts: Prompts, metric: Metric) -> float:
     """Measure prompts as they are."""
-    logits = record_run(adapter, prompts, keep_z=False).logits
+    logits = last_logits(adapter, prompts)
     return float(metric.readout(Targets.of(prompts))(logits, torch.arange(len(prompts))).mean())
 
 

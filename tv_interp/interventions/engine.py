@@ -1,142 +1,51 @@
-"""Run a model under interventions. The only way anything is changed in a run.
+"""Run a model under interventions: exact recomputation of what a patch can reach, nothing else.
 
-A *variant* is a set of patches and cuts that are made in one run. Causal masking: a patch at layer
+A *variant* is a set of patches and cuts that are made in one run. Causal masking: a change at layer
 l and position p reaches only layers from l and positions from p on. So the plain run is recorded
-once, and for each variant only what it can reach is computed again, by the model's own blocks, with
-variants that enter at the same place stacked in the batch axis. Nothing is approximated, and no
-result depends on the chunks. Where a model's blocks cannot be called again exactly (a self-test
-against the recorded logits says so), every variant takes a full forward pass.
+once, and of each variant only what it can reach is computed again, by the model's own blocks:
+
+* **Changes at the last token alone** (readers, knock-outs of ``query_is``): one token per variant.
+  Variants are laid side by side in the position axis, where they share the recorded keys and
+  values of all other tokens and do not see each other. A variant enters at its layer.
+* **Changes elsewhere** (writers): all tokens from the first changed one on, with variants stacked
+  in the batch axis. In the layer of the change only the changed tokens are computed, since no
+  other token of that layer can differ; in the last layer only keys, values and the last token.
+
+Nothing is approximated, and no result depends on how the work is cut up. What a model's blocks
+cannot do when called by themselves (`Replays` says what was tested) is done by longer calls, in the
+end by full forward passes.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import ModelError, PromptError
 from ..models.adapter import Adapter, Edit, HookName, Read
-from ..prompts import Contrast, Prompts
+from ..models.replay import Layout, Tape
+from ..prompts import Prompts
+from .recording import Run, call_bytes, check_memory, not_finite, record_run
 from .sites import Cut, Patch, Variant
 
 Readout = Callable[[Float[Tensor, "row vocab"], Int[Tensor, " row"]], Float[Tensor, " row"]]
-"""Turns logits at the last token, and the prompts they belong to, into one number each."""
+"""Turns logits at the last token, and the prompts they belong to, into one number each. One that
+reads few tokens may name them in ``tokens [prompt, token]``; then it is handed the logits of these
+alone, through ``of_tokens``."""
 
-ROWS_PER_RUN = 256
-
-
-@dataclass(frozen=True, eq=False)
-class Run:
-    """One recorded run over all prompts.
-
-    Attributes:
-        prompts: What was run.
-        z: Head outputs at every token, ``[prompt, layer, pos, head, d_head]``, on the CPU; zeros
-            where padded.
-        logits: Logits at the last token, on the CPU.
-    """
-
-    prompts: Prompts
-    z: Float[Tensor, "prompt layer pos head d_head"]
-    logits: Float[Tensor, "prompt vocab"]
-
-    def z_at(self, role: str) -> Float[Tensor, "prompt layer *demo head d_head"]:
-        """Get the head outputs at the last token of a role's spans."""
-        return _take(self.z, self.prompts.positions(role))
-
-
-@dataclass(frozen=True, eq=False)
-class Recorded:
-    """The clean and the corrupted run of a contrast, so that several sweeps share one set-up."""
-
-    model: Any
-    contrast: Contrast
-    clean: Run
-    corrupted: Run
-
-    def sides(self, direction: str) -> tuple[Run, Run]:
-        """Get (base, donor): denoising patches clean into corrupted, noising the reverse."""
-        if direction == "denoise":
-            return self.corrupted, self.clean
-        return self.clean, self.corrupted
-
-
-def record(model: Any, contrast: Contrast) -> Recorded:
-    """Run the clean and the corrupted prompts once and keep what patching needs.
-
-    Raises:
-        ModelError: if the model cannot be measured exactly; see `Adapter.of`.
-    """
-    adapter = Adapter.of(model)
-    return Recorded(
-        model,
-        contrast,
-        record_run(adapter, contrast.clean),
-        record_run(adapter, contrast.corrupted),
-    )
-
-
-def record_run(adapter: Adapter, prompts: Prompts, *, keep_z: bool = True) -> Run:
-    """Run prompts once and keep logits and, unless told otherwise, head outputs."""
-    check_fits(adapter, prompts)
-    names = [("z", layer) for layer in range(adapter.n_layers)] if keep_z else []
-    width = int(prompts.lengths.max()) if keep_z else 0
-    shape = (len(prompts), adapter.n_layers, width, adapter.n_heads, adapter.d_head)
-    z = torch.zeros(shape, dtype=adapter.dtype)
-    logits: list[tuple[Tensor, Tensor]] = []
-    for rows, tokens in chunks(prompts):
-        out, store = adapter.read(tokens, names)
-        logits.append((rows, out.cpu()))
-        for (_, layer), value in store.items():
-            z[rows, layer, : tokens.shape[1]] = value.cpu()
-    order = torch.cat([rows for rows, _ in logits]).argsort()
-    ordered = torch.cat([out for _, out in logits])[order]
-    if ordered.isnan().any():
-        raise _not_finite(adapter, "logits")
-    return Run(prompts, z, ordered)
-
-
-def _not_finite(adapter: Adapter, what: str) -> ModelError:
-    """Build the error for numbers that mean nothing, with the weight at fault if there is one."""
-    named = adapter.model.named_parameters()
-    bad = next((name for name, weight in named if not weight.isfinite().all()), None)
-    cause = "load it in float32" if bad is None else f"so does its weight {bad!r}"
-    return ModelError(f"{adapter.name} gives NaN or infinite {what}: {cause}")
-
-
-def check_fits(adapter: Adapter, prompts: Prompts) -> None:
-    """Refuse prompts that the model cannot read.
-
-    Raises:
-        PromptError: if there are none, a token id is outside of the vocabulary, or they are longer
-            than the context.
-    """
-    if len(prompts) == 0:
-        raise PromptError("empty selection: expected at least one prompt")
-    vocab, n_ctx = adapter.model.cfg.d_vocab, adapter.model.cfg.n_ctx
-    if int(prompts.tokens.max()) >= vocab:
-        raise PromptError(
-            f"token id {int(prompts.tokens.max())} is outside of {adapter.name}'s vocabulary of "
-            f"{vocab}: make the prompts for this model with make_prompts(model, ...)"
-        )
-    if int(prompts.lengths.max()) > n_ctx:
-        raise PromptError(
-            f"prompts of {int(prompts.lengths.max())} tokens are longer than the context of "
-            f"{adapter.name} ({n_ctx}): use fewer demonstrations"
-        )
-
-
-def chunks(prompts: Prompts, most: int = ROWS_PER_RUN) -> Iterator[tuple[Tensor, Tensor]]:
-    """Go through prompts of equal length, at most so many at a time: rows and their tokens."""
-    for rows, tokens in prompts.buckets():
-        yield from zip(rows.split(most), tokens.split(most), strict=True)
+Change = Patch | Cut
+CACHE = 8 * 2**20
+"""Bytes of an MLP's hidden layer in one call on the CPU: more would fall out of its cache."""
+MOST_SLOTS = 128
+"""Most tokens side by side in one call: each is offered the keys of all, and uses its own."""
 
 
 def run_variants(
@@ -145,7 +54,9 @@ def run_variants(
     variants: Sequence[Variant],
     readout: Readout,
     *,
-    rows_per_run: int = ROWS_PER_RUN,
+    others: Literal["respond", "frozen"] = "respond",
+    run: Run | None = None,
+    max_memory: float | None = None,
     progress: str | None = None,
 ) -> Float[Tensor, "variant prompt"]:
     """Run prompts under each variant and read a number off the logits at the last token.
@@ -155,162 +66,552 @@ def run_variants(
         prompts: What to run.
         variants: The interventions; an empty variant is the plain run.
         readout: From logits and prompt numbers to one number each.
-        rows_per_run: Most prompts times variants in one run of the model; decides memory only.
+        others: Whether tokens that a variant does not change respond to it, or stay as recorded;
+            the last token always responds.
+        run: The plain run of these prompts, where it has been recorded.
+        max_memory: Bytes that one step may take; None for 2 GiB. Decides memory and speed only.
         progress: Label of a progress bar; None for none.
 
     Raises:
         ModelError: if the model discards an edit, or a hook never fires.
     """
     adapter = Adapter.of(model)
-    check_fits(adapter, prompts)
+    budget = check_memory(max_memory)
     for variant in variants:
         for change in variant:
             _check_change(adapter, change)
-    out: Tensor | None = None
-    batches = list(chunks(prompts, rows_per_run))
+    if run is None:
+        run = record_run(adapter, prompts, max_memory=budget / 2)
+    out = torch.empty(0, len(prompts))
     bar = tqdm(
-        total=len(batches) * len(variants), desc=progress, disable=progress is None, leave=False
+        total=len(run.kept) * len(variants), desc=progress, disable=progress is None, leave=False
     )
-    resumes: bool | None = None
-    for rows, tokens in batches:
-        tape = adapter.tape(tokens)
-        resumes = _replay_is_exact(adapter, tape) if resumes is None else resumes
-        groups: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for i, variant in enumerate(variants):
-            groups[_entry(prompts, rows, variant, tape, resumes, adapter)].append(i)
-        for (layer, start), members in sorted(groups.items()):
-            share = tokens.shape[1] / (tokens.shape[1] - start)
-            size = max(1, int(rows_per_run * share) // len(rows))
-            for at in range(0, len(members), size):
-                some = members[at : at + size]
-                edits, reads = _edits(
-                    adapter, prompts, rows, (start, tokens.shape[1]), [variants[i] for i in some]
-                )
-                if layer == adapter.n_layers:
-                    logits = tape.logits[0].repeat(len(some), 1)
-                elif resumes:
-                    which = torch.arange(len(rows)).repeat(len(some))
-                    logits = adapter.replay(tape, layer, start, which, edits=edits, reads=reads)
-                else:
-                    logits = adapter.run(tokens.repeat(len(some), 1), edits, reads)
-                values = readout(logits, rows.repeat(len(some))).cpu()  # type: ignore[arg-type]
-                if out is None:
+    with bar:
+        for rows, tape in run.tapes():
+            batch = Batch(run, rows, tape, budget / 2)
+            for some, values in _run_batch(batch, variants, readout, others):
+                if not out.numel():
                     out = torch.empty(len(variants), len(prompts), dtype=values.dtype)
-                out[torch.tensor(some)[:, None], rows] = values.reshape(len(some), len(rows))
+                out[torch.tensor(some)[:, None], rows] = values
                 bar.update(len(some))
-    bar.close()
-    if out is None:
-        return torch.empty(0, len(prompts))
     if not out.isfinite().all():
-        raise _not_finite(adapter, "values under intervention")
+        raise not_finite(adapter, "values under intervention")
     return out
 
 
-def _entry(
-    prompts: Prompts, rows: Tensor, variant: Variant, tape: Any, resumes: bool, adapter: Adapter
-) -> tuple[int, int]:
-    """Get the first layer and position that a variant changes in any of these prompts.
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Prompts of equal length, their recorded run, and the memory that one step may take."""
 
-    Causal masking: nothing before either can change. An empty variant enters after the last layer.
-    """
-    if not resumes:
-        return 0, 0
-    layers, starts = [adapter.n_layers], []
-    for change in variant:
+    run: Run
+    rows: Int[Tensor, " row"]
+    tape: Tape
+    budget: float
+
+    @property
+    def adapter(self) -> Adapter:
+        """The model."""
+        return self.run.adapter
+
+    @property
+    def last(self) -> int:
+        """Position of the last token."""
+        return self.tape.n_pos - 1
+
+    @cached_property
+    def _positions(self) -> dict[tuple[str, int | None], Tensor]:
+        return {}
+
+    def positions(self, patch: Patch) -> Int[Tensor, "row place"]:
+        """Get the positions of a patch, one column for roles outside of demonstrations."""
+        if patch.positions is not None:
+            return patch.positions[self.rows]
+        key = (patch.site.role, patch.site.demo)
+        if key not in self._positions:
+            self._positions[key] = self.places(*key)
+        return self._positions[key]
+
+    def places(self, role: str, demo: int | None = None) -> Int[Tensor, "row demo"]:
+        """Get the last tokens of a role, one column for roles outside of demonstrations."""
+        found = self.run.prompts.positions(role)[self.rows]
+        found = found if demo is None else found[:, demo]
+        return found if found.ndim == 2 else found[:, None]
+
+    def touches(self, change: Change) -> Bool[Tensor, "row pos"]:
+        """Mark the tokens at which something is changed."""
         if isinstance(change, Cut):
-            layers.append(change.layer)
-            starts.append(int(change.dest[rows].int().argmax(1).min()))
+            return change.dest[self.rows, : self.tape.n_pos]
+        mask = torch.zeros(len(self.rows), self.tape.n_pos, dtype=torch.bool)
+        return mask.scatter(1, self.positions(change), True)
+
+    def at_a_time(self, n_slots: int, n_keys: int) -> int:
+        """Get how many variants one call may stack, each over all rows."""
+        each = call_bytes(self.adapter, n_slots, n_keys) * len(self.rows)
+        most = self.budget / each
+        if self.adapter.device.type == "cpu":
+            hidden = len(self.rows) * n_slots * self.adapter.d_mlp * self.adapter.dtype.itemsize
+            most = min(most, CACHE / hidden)
+        return max(1, int(most))
+
+
+# ---------------------------------------------------------------------------------- what reaches
+
+
+INPUTS = ("resid_pre", "resid_post")
+LOCAL = ("q", "z", "attn_out", "mlp_out")
+"""Components that change nothing but what their own token gives to the residual stream."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reach:
+    """What of a variant can change the last logits, and from where on.
+
+    Attributes:
+        changes: Its changes, without those that reach nothing.
+        first: Layer of the first; the number of layers where only the last output is changed.
+        start: First position.
+    """
+
+    changes: Variant
+    first: int
+    start: int
+
+
+def _stage(change: Change) -> int:
+    """Get the layer that first sees a change: its own, or the next for a block's output."""
+    if isinstance(change, Cut):
+        return change.layer
+    return change.site.layer + (change.site.component == "resid_post")
+
+
+def _layer(change: Change) -> int:
+    return change.layer if isinstance(change, Cut) else change.site.layer
+
+
+def _is_input(change: Change) -> bool:
+    return isinstance(change, Patch) and change.site.component in INPUTS
+
+
+def _is_key(change: Change) -> bool:
+    return isinstance(change, Patch) and change.site.component in ("k", "v")
+
+
+def _is_local(change: Change) -> bool:
+    return isinstance(change, Cut) or change.site.component in LOCAL
+
+
+def _reaches(batch: Batch, variants: Sequence[Variant]) -> list[Reach]:
+    """See what each variant can change in any of these prompts."""
+    n_layers, ends = batch.adapter.n_layers, {}
+    for variant in variants:
+        for change in variant:
+            key = _place(change)
+            if key not in ends:
+                columns = batch.touches(change).any(0).nonzero()
+                ends[key] = int(columns[0]), int(columns[-1])
+    out = []
+    for variant in variants:
+        live = []
+        for change in variant:
+            # of the last layer, other tokens matter by their keys and values alone
+            over = _stage(change) == n_layers - 1 and _is_local(change)
+            over |= _stage(change) == n_layers
+            if not over or ends[_place(change)][1] == batch.last:
+                live.append(change)
+        first = min((_stage(c) for c in live), default=n_layers)
+        start = min((ends[_place(c)][0] for c in live), default=batch.last)
+        out.append(Reach(tuple(live), first, start))
+    return out
+
+
+def _place(change: Change) -> Any:
+    if isinstance(change, Cut):
+        return id(change.dest)
+    if change.positions is not None:
+        return id(change.positions)
+    return change.site.role, change.site.demo
+
+
+# ------------------------------------------------------------------------------------- execution
+
+
+def _run_batch(
+    batch: Batch,
+    variants: Sequence[Variant],
+    readout: Readout,
+    others: Literal["respond", "frozen"],
+) -> Iterator[tuple[list[int], Float[Tensor, "variant row"]]]:
+    """Run all variants on one batch of prompts, some at a time: their numbers and values."""
+    reaches = _reaches(batch, variants)
+    can = batch.run.replays
+    groups: dict[Any, list[int]] = defaultdict(list)
+    for i, reach in enumerate(reaches):
+        if not reach.changes:
+            groups["plain"].append(i)
+        elif others == "frozen":
+            groups[frozenset(map(_place, reach.changes))].append(i)
+        elif not can.layers:
+            groups["forward"].append(i)
+        elif can.groups and reach.start == batch.last:
+            groups["last"].append(i)
         else:
-            layers.append(change.site.layer)
-            starts.append(int(_positions(prompts, rows, change).min()))
-    return min(layers), min(starts) if starts and tape.resumes_anywhere else 0
+            groups[reach.first, reach.start if can.suffix else 0].append(i)
+    for key, members in groups.items():
+        changes = {i: reaches[i] for i in members}
+        if key == "plain":
+            value = readout(batch.tape.logits[0], batch.rows).cpu()
+            yield members, value.expand(len(members), -1)
+        elif key == "forward":
+            yield from _forwards(batch, changes, readout)
+        elif key == "last" or others == "frozen":
+            for some, resid in _respond(batch, changes):
+                yield some, _values(batch, resid, readout)
+        else:
+            for some, resid in _suffixes(batch, changes, *key):
+                yield some, _values(batch, resid, readout)
 
 
-def _replay_is_exact(adapter: Adapter, tape: Any) -> bool:
-    """Test that blocks called again from a middle layer and position give the recorded logits."""
-    rows = torch.arange(min(2, len(tape.resid[0]))) if tape.resid else torch.arange(0)
-    if len(tape.resid) != adapter.n_layers:
-        return _warn_slow(adapter)
-    middle = tape.resid[0].shape[1] // 2 if tape.resumes_anywhere else 0
-    last = tape.resid[0].shape[1] - 1 if tape.resumes_anywhere else 0
-    expected = tape.logits[0][rows.to(adapter.device)].float()
-    tolerance = 0.02 if adapter.dtype in (torch.bfloat16, torch.float16) else 1e-4
-    for start in {middle, last}:
-        try:
-            logits = adapter.replay(tape, adapter.n_layers // 2, start, rows)
-        except Exception:  # any failure of a block called by itself means the slow way
-            return _warn_slow(adapter)
-        assert logits is not None
-        error = (logits.float() - expected).abs().max() / (1 + expected.abs().max())
-        if not error <= tolerance:
-            return _warn_slow(adapter)
-    return True
+def _respond(
+    batch: Batch, reaches: dict[int, Reach]
+) -> Iterator[tuple[list[int], Float[Tensor, "row variant d_model"]]]:
+    """Run variants that change the same tokens: these and the last respond, others are frozen."""
+    own = torch.zeros(len(batch.rows), batch.tape.n_pos, dtype=torch.bool)
+    own[:, -1] = True
+    for change in next(iter(reaches.values())).changes:
+        own |= batch.touches(change)
+    tokens = own.any(0).nonzero()[:, 0]
+    responds = own[:, tokens]  # tokens may differ from prompt to prompt
+    adapter, tape = batch.adapter, batch.tape
+    size = max(1, MOST_SLOTS // len(tokens))
+    each = call_bytes(adapter, len(tokens), tape.n_pos + MOST_SLOTS) * len(batch.rows)
+    size = max(1, min(size, int(batch.budget / each)))
+    order = sorted(reaches, key=lambda i: reaches[i].first)
+    where, places = tokens.to(adapter.device), Places(batch, tokens, "slots")
+    for at in range(0, len(order), size):
+        some = order[at : at + size]
+        x, n = tape.resid[0][:, :0], 0
+        for stage in range(reaches[some[0]].first, adapter.n_layers + 1):
+            new = sum(reaches[i].first == stage for i in some)
+            x = torch.cat([x, tape.resid[stage][:, where].repeat(1, new, 1)], 1)
+            n += new
+            active = [reaches[i].changes for i in some[:n]]
+            x = _with_inputs(places, active, stage, x)
+            if stage == adapter.n_layers or not n:
+                continue
+            layout = Layout.frozen(tokens, n)
+            edits, reads = _edits(places, active, stage, layout)
+            x = call_groups(batch, stage, x, tokens, edits=edits, reads=reads)
+            if not responds.all():
+                kept = tape.resid[stage + 1][:, where].repeat(1, n, 1)
+                mask = responds.repeat(1, n)[..., None].to(adapter.device)
+                x = torch.where(mask, x, kept)
+        yield some, x[:, len(tokens) - 1 :: len(tokens)]
 
 
-def _warn_slow(adapter: Adapter) -> bool:
-    warnings.warn(
-        f"the blocks of {adapter.name} cannot be run from a middle layer and position exactly, so "
-        "every intervention takes a full forward pass: the numbers are the same, only slower",
-        stacklevel=4,
+def call_groups(
+    batch: Batch,
+    layer: int,
+    x: Float[Tensor, "row slot d_model"],
+    tokens: Int[Tensor, " token"],
+    *,
+    edits: dict[HookName, Edit] | None = None,
+    reads: dict[HookName, Read] | None = None,
+    until: Literal["z", "attn_out"] | None = None,
+) -> Tensor:
+    """Call a block on some tokens in several variants side by side; all others are as recorded.
+
+    Where a model's blocks cannot be called in such a layout, each variant gets a row of its own in
+    the batch axis with all tokens in it, and what edits and reads see is cut to the same shape.
+
+    Args:
+        batch: Prompts and their recorded run.
+        layer: Which block.
+        x: Its input, variant by variant.
+        tokens: Positions, ascending, of each variant.
+        edits: As in `Adapter.run`; see the tokens of all variants side by side.
+        reads: Likewise.
+        until: As in `Adapter.block`.
+
+    Raises:
+        ModelError: if the model's blocks cannot be called by themselves at all.
+    """
+    adapter, tape, n = batch.adapter, batch.tape, x.shape[1] // len(tokens)
+    if batch.run.replays.groups:
+        layout = Layout.frozen(tokens, n)
+        return adapter.block(tape, layer, x, layout, edits=edits, reads=reads, until=until)
+    check_layers(batch.run)
+    where = tokens.to(adapter.device)
+
+    def narrow(wide: Tensor) -> Tensor:
+        parts = wide[:, where].unflatten(0, (n, -1))
+        return parts.transpose(0, 1).flatten(1, 2)
+
+    def widen(slots: Tensor, wide: Tensor) -> Tensor:
+        new = wide.clone()
+        new[:, where] = slots.unflatten(1, (n, -1)).transpose(0, 1).flatten(0, 1).to(new.dtype)
+        return new
+
+    whole = widen(x, tape.resid[layer].repeat(n, 1, 1))
+    out = adapter.block(
+        tape,
+        layer,
+        whole,
+        Layout.suffix(0, tape.n_pos),
+        edits={
+            k: lambda a, edit=edit: widen(edit(narrow(a)), a) for k, edit in (edits or {}).items()
+        },
+        reads={k: lambda a, read=read: read(narrow(a)) for k, read in (reads or {}).items()},
+        until=until,
     )
-    return False
+    return narrow(out)
+
+
+def check_layers(run: Run) -> None:
+    """Refuse a model whose blocks cannot be called by themselves.
+
+    Raises:
+        ModelError: naming the model.
+    """
+    if not run.replays.layers:
+        raise ModelError(
+            f"the blocks of {run.adapter.name} cannot be called by themselves exactly, so sources "
+            "and paths cannot be measured on it; use patch_heads and knock_out"
+        )
+
+
+def _suffixes(
+    batch: Batch, reaches: dict[int, Reach], first: int, start: int
+) -> Iterator[tuple[list[int], Float[Tensor, "row variant d_model"]]]:
+    """Run variants that enter at the same layer and position, all tokens from there on."""
+    adapter, tape = batch.adapter, batch.tape
+    n_pos, n_rows = tape.n_pos, len(batch.rows)
+    layout = Layout.suffix(start, n_pos)
+    places = Places(batch, layout.tokens, "rows")
+    size = batch.at_a_time(n_pos - start, n_pos)
+    members = list(reaches)
+    for at in range(0, len(members), size):
+        some = members[at : at + size]
+        changes = [reaches[i].changes for i in some]
+        which = torch.arange(n_rows).repeat(len(some))
+        source = which.to(adapter.device)
+        stage, x = first, None
+        entry = [c for variant in changes for c in variant if _stage(c) == first]
+        if batch.run.replays.groups and first < adapter.n_layers and all(map(_is_local, entry)):
+            x = tape.resid[first + 1][source, start:]
+            for tokens_here, new in _enter(batch, changes, first, entry):
+                x[:, (tokens_here - start).to(x.device)] = new
+            stage = first + 1
+        if x is None:
+            x = tape.resid[stage][source, start:]
+        for layer in range(stage, adapter.n_layers):
+            x = _with_inputs(places, changes, layer, x)
+            if layer == adapter.n_layers - 1 and batch.run.replays.suffix and start < batch.last:
+                x = _last_layer(batch, changes, x, start, which)
+            else:
+                edits, reads = _edits(places, changes, layer, layout)
+                x = adapter.block(tape, layer, x, layout, rows=which, edits=edits, reads=reads)
+        end = Places(batch, layout.tokens[-1:], "rows")
+        x = _with_inputs(end, changes, adapter.n_layers, x[:, -1:])
+        yield some, x.reshape(len(some), n_rows, -1).transpose(0, 1)
+
+
+def _enter(
+    batch: Batch, changes: Sequence[Variant], layer: int, entry: Sequence[Change]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Run the layer of the first changes at the changed tokens: tokens, ``[stacked row, token]``.
+
+    The layer's input is that of the plain run, so no other token's output can differ.
+    """
+    touched = torch.stack([batch.touches(change).any(0) for change in entry]).any(0)
+    tokens = touched.nonzero()[:, 0]
+    n, n_rows = len(changes), len(batch.rows)
+    for few in tokens.split(max(1, MOST_SLOTS // n)):
+        layout = Layout.frozen(few, n)
+        x = batch.tape.resid[layer][:, few.to(batch.adapter.device)].repeat(1, n, 1)
+        edits, reads = _edits(Places(batch, few, "slots"), changes, layer, layout)
+        out = batch.adapter.block(batch.tape, layer, x, layout, edits=edits, reads=reads)
+        yield few, out.view(n_rows, n, len(few), -1).transpose(0, 1).flatten(0, 1)
+
+
+def _last_layer(
+    batch: Batch, changes: Sequence[Variant], x: Tensor, start: int, which: Tensor
+) -> Float[Tensor, "stacked 1 d_model"]:
+    """Run the last layer: keys and values of the suffix, and the last token."""
+    adapter, tape = batch.adapter, batch.tape
+    layer, n_pos = adapter.n_layers - 1, tape.n_pos
+    own = Layout(torch.arange(0), torch.arange(start, n_pos - 1))
+    edits, _ = _edits(Places(batch, own.tokens, "rows"), changes, layer, own, _is_key)
+    fresh = adapter.block(tape, layer, x[:, :-1], own, edits=edits, until="keys")
+    front = adapter.behind(tape, layer, start, which, fresh)
+    layout = Layout.suffix(n_pos - 1, n_pos)
+    edits, reads = _edits(Places(batch, layout.tokens, "rows"), changes, layer, layout)
+    return adapter.block(tape, layer, x[:, -1:], layout, front=front, edits=edits, reads=reads)
+
+
+def _forwards(
+    batch: Batch, reaches: dict[int, Reach], readout: Readout
+) -> Iterator[tuple[list[int], Float[Tensor, "variant row"]]]:
+    """Run variants as full forward passes."""
+    adapter, n_pos = batch.adapter, batch.tape.n_pos
+    tokens = batch.run.prompts.tokens[batch.rows, :n_pos]
+    layout = Layout.suffix(0, n_pos)
+    places = Places(batch, layout.tokens, "rows")
+    members = list(reaches)
+    size = batch.at_a_time(n_pos, n_pos)
+    for at in range(0, len(members), size):
+        some = members[at : at + size]
+        changes = [reaches[i].changes for i in some]
+        edits: dict[HookName, Edit] = {}
+        reads: dict[HookName, Read] = {}
+        for layer in adapter.layers:
+            more = _edits(places, changes, layer, layout, lambda change: True)
+            edits, reads = edits | more[0], reads | more[1]
+        logits = adapter.run(tokens.repeat(len(some), 1), edits, reads)
+        values = readout(logits, batch.rows.repeat(len(some))).cpu()
+        yield some, values.view(len(some), -1)
+
+
+def _values(
+    batch: Batch, resid: Float[Tensor, "row variant d_model"], readout: Readout
+) -> Float[Tensor, "variant row"]:
+    """Read the last block's output at the last token."""
+    adapter, rows, n = batch.adapter, batch.rows, resid.shape[1]
+    tokens = getattr(readout, "tokens", None) if batch.run.replays.picks else None
+    if tokens is not None:
+        logits = adapter.logits(resid, tokens[rows])
+        return readout.of_tokens(logits.flatten(0, 1)).view(-1, n).T  # type: ignore[attr-defined]
+    bytes_each = len(rows) * adapter.model.cfg.d_vocab * adapter.dtype.itemsize * 4
+    out = []
+    for some in resid.split(max(1, int(batch.budget / bytes_each)), 1):
+        logits = adapter.logits(some).transpose(0, 1)
+        values = readout(logits.flatten(0, 1), rows.repeat(some.shape[1])).cpu()
+        out.append(values.view(some.shape[1], -1))
+    return torch.cat(out)
+
+
+# ----------------------------------------------------------------- from changes to edited tensors
+
+
+class Places:
+    """Where the tokens of a batch are in what a block is called on.
+
+    Attributes:
+        batch: The prompts.
+        tokens: Positions that each variant has there, ascending.
+        beside: Whether variants are side by side in the position axis, or stacked in the batch
+            axis.
+    """
+
+    def __init__(self, batch: Batch, tokens: Tensor, beside: Literal["slots", "rows"]) -> None:
+        """Look at one layout."""
+        self.batch, self.tokens, self.beside = batch, tokens, beside
+        self._slot_of = torch.full((batch.tape.n_pos,), -1)
+        self._slot_of[tokens] = torch.arange(len(tokens))
+        self._known: dict[Any, tuple[Tensor, Tensor, Tensor | None]] = {}
+
+    def of(self, patch: Patch, number: int) -> tuple[Tensor, ...]:
+        """Get rows, slots, heads (where it is of one) and values of a variant's patch, flat."""
+        batch, key = self.batch, _place(patch)
+        positions, value = batch.positions(patch), patch.value[batch.rows]
+        value = value if value.ndim == 3 else value[:, None]
+        if value.shape[:2] != positions.shape:
+            raise PromptError(
+                f"patch at {patch.site} has values for {tuple(value.shape[:2])} prompts and "
+                f"demonstrations, the prompts have {tuple(positions.shape)}"
+            )
+        if key not in self._known:
+            slot = self._slot_of[positions]
+            row, here = torch.arange(len(slot))[:, None].expand_as(slot), slot >= 0
+            self._known[key] = row[here], slot[here], None if here.all() else here
+        row, slot, here = self._known[key]
+        if self.beside == "slots":
+            slot = slot + number * len(self.tokens)
+        else:
+            row = row + number * len(batch.rows)
+        head = () if patch.site.head is None else (torch.full_like(row, patch.site.head),)
+        value = value.flatten(0, 1) if here is None else value[here.to(value.device)]
+        return row, slot, *head, value
+
+    def cut(
+        self, cut: Cut, number: int, layout: Layout, mask: Bool[Tensor, "row head slot key"]
+    ) -> None:
+        """Mark in a mask what a variant's cut takes away."""
+        rows, n_rows, n = self.batch.rows, len(self.batch.rows), len(self.tokens)
+        dest, src = cut.dest[rows][:, self.tokens], cut.src[rows][:, layout.keys]
+        row, slot = slice(None), slice(None)
+        if self.beside == "slots":
+            slot = slice(number * n, (number + 1) * n)
+        else:
+            row = slice(number * n_rows, (number + 1) * n_rows)
+        mask[row, cut.head, slot] |= dest[:, :, None] & src[:, None]
+
+
+def _with_inputs(places: Places, changes: Sequence[Variant], stage: int, x: Tensor) -> Tensor:
+    """Change the residual stream that goes into a layer."""
+    modes: dict[str, list[tuple[Tensor, ...]]] = defaultdict(list)
+    for i, variant in enumerate(changes):
+        for change in variant:
+            if _is_input(change) and _stage(change) == stage:
+                assert isinstance(change, Patch)
+                modes[change.mode].append(places.of(change, i))
+    return _patcher(places.batch.adapter, modes)(x) if modes else x
 
 
 def _edits(
-    adapter: Adapter,
-    prompts: Prompts,
-    rows: Tensor,
-    window: tuple[int, int],
-    variants: Sequence[Variant],
+    places: Places,
+    changes: Sequence[Variant],
+    layer: int,
+    layout: Layout,
+    only: Callable[[Change], bool] = lambda change: not _is_input(change),
 ) -> tuple[dict[HookName, Edit], dict[HookName, Read]]:
-    """Gather the patches of stacked variants into one edit for each hook point.
+    """Gather the changes of variants within one layer into one edit for each hook point.
 
     Args:
-        adapter: The model.
-        prompts: All prompts.
-        rows: Those in this batch.
-        window: First position that runs, and the prompts' length.
-        variants: The interventions, each over all rows, stacked in the batch axis.
+        places: Where the variants' tokens are.
+        changes: The variants.
+        layer: The layer.
+        layout: What its block is called on.
+        only: Which changes are meant; the residual stream is changed elsewhere.
     """
-    start, n_pos = window
-    gathered: dict[HookName, dict[str, list[tuple[Tensor, ...]]]] = defaultdict(
-        lambda: defaultdict(list)
-    )
-    cuts: dict[int, Tensor] = {}
-    for i, variant in enumerate(variants):
-        here = slice(i * len(rows), (i + 1) * len(rows))
+    adapter = places.batch.adapter
+    gathered: dict[HookName, dict[str, list[tuple[Tensor, ...]]]] = {}
+    cut: Tensor | None = None
+    for i, variant in enumerate(changes):
         for change in variant:
-            if isinstance(change, Cut):
-                shape = (len(variants) * len(rows), adapter.n_heads, n_pos - start, n_pos)
-                mask = cuts.setdefault(change.layer, torch.zeros(shape, dtype=torch.bool))
-                dest, src = change.dest[rows, start:n_pos], change.src[rows, :n_pos]
-                mask[here, change.head] |= dest[:, :, None] & src[:, None]
-            else:
-                name = (change.site.component, change.site.layer)
-                places = _places(prompts, rows, change, here.start, start)
-                gathered[name][change.mode].append(places)
-    edits: dict[HookName, Edit] = {}
+            if not only(change) or layer != _layer(change):
+                continue
+            if isinstance(change, Patch):
+                name = (change.site.component, layer)
+                modes = gathered.setdefault(name, defaultdict(list))
+                modes[change.mode].append(places.of(change, i))
+                continue
+            if cut is None:
+                n_rows = len(places.batch.rows)
+                n_rows *= 1 if places.beside == "slots" else len(changes)
+                shape = (n_rows, adapter.n_heads, len(layout.tokens), len(layout.keys))
+                cut = torch.zeros(shape, dtype=torch.bool)
+            places.cut(change, i, layout, cut)
+    edits: dict[HookName, Edit] = {
+        name: _patcher(adapter, modes) for name, modes in gathered.items()
+    }
     reads: dict[HookName, Read] = {}
-    for name, modes in gathered.items():
-        edits[name] = _patcher(
-            {
-                mode: tuple(
-                    torch.cat(parts).to(adapter.device) for parts in zip(*each, strict=True)
-                )
-                for mode, each in modes.items()
-            }
-        )
-    for layer, mask in cuts.items():
-        mask = mask.to(adapter.device)
-        edits["attn_scores", layer] = _cutter(adapter, mask)
-        reads["pattern", layer] = _check_cut(adapter, mask)
+    if cut is not None:
+        cut = cut.to(adapter.device)
+        edits["attn_scores", layer] = _cutter(adapter, cut)
+        reads["pattern", layer] = _check_cut(adapter, cut)
     return edits, reads
 
 
-def _patcher(modes: dict[str, tuple[Tensor, ...]]) -> Edit:
+def _patcher(adapter: Adapter, modes: dict[str, list[tuple[Tensor, ...]]]) -> Edit:
+    """Make an edit of places and values, ``(row, slot, head where there is one, value)``."""
+    joined = {
+        mode: tuple(torch.cat(part).to(adapter.device) for part in zip(*each, strict=True))
+        for mode, each in modes.items()
+    }
+
     def edit(activation: Tensor) -> Tensor:
         new = activation.clone()
-        for mode, (*where, value) in modes.items():
+        for mode, (*where, value) in joined.items():
             new.index_put_(tuple(where), value.to(new.dtype), accumulate=mode == "add")
         return new
 
@@ -342,34 +643,7 @@ def _check_cut(adapter: Adapter, mask: Tensor) -> Read:
     return read
 
 
-def _positions(prompts: Prompts, rows: Tensor, patch: Patch) -> Int[Tensor, "row demo"]:
-    """Get the positions of a patch, one column for roles outside of demonstrations."""
-    positions = prompts.positions(patch.site.role)[rows]
-    if patch.site.demo is not None:
-        positions = positions[:, patch.site.demo]
-    return positions if positions.ndim == 2 else positions[:, None]
-
-
-def _places(
-    prompts: Prompts, rows: Tensor, patch: Patch, offset: int, start: int
-) -> tuple[Tensor, ...]:
-    """Get rows in the batch, positions, heads and values of a patch, flat."""
-    positions = _positions(prompts, rows, patch)
-    value = patch.value[rows]
-    value = value if value.ndim == 3 else value[:, None]
-    if value.shape[:2] != positions.shape:
-        raise PromptError(
-            f"patch at {patch.site} has values for {tuple(value.shape[:2])} prompts and "
-            f"demonstrations, the prompts have {tuple(positions.shape)}"
-        )
-    row = (torch.arange(len(rows)) + offset)[:, None].expand_as(positions)
-    where = (row.flatten(), positions.flatten() - start)
-    if patch.site.head is not None:
-        where += (torch.full_like(where[0], patch.site.head),)
-    return *where, value.flatten(0, 1)
-
-
-def _check_change(adapter: Adapter, change: Patch | Cut) -> None:
+def _check_change(adapter: Adapter, change: Change) -> None:
     """Refuse a change outside of the model.
 
     Raises:
@@ -387,11 +661,3 @@ def _check_change(adapter: Adapter, change: Patch | Cut) -> None:
             f"{name} is outside of {adapter.name}: it has {adapter.n_layers} layers and {heads} "
             f"heads for {component}"
         )
-
-
-def _take(values: Tensor, positions: Tensor) -> Tensor:
-    """Pick ``[prompt, layer, pos, ...]`` at ``[prompt, *demo]``; the layer axis stays second."""
-    rows = torch.arange(len(values))
-    if positions.ndim == 2:
-        return values[rows[:, None], :, positions].transpose(1, 2)
-    return values[rows, :, positions]

@@ -126,11 +126,14 @@ class Patch:
             the site names one), ``[prompt, d_head]`` for the others; d_model in place of d_head
             for components of blocks.
         mode: ``"replace"`` the activation or ``"add"`` to it.
+        positions: ``[prompt, place]`` tokens that are meant instead of the role's, with a value
+            ``[prompt, place, ...]``; None for those of the site's role.
     """
 
     site: Site
     value: Tensor
     mode: Literal["replace", "add"] = "replace"
+    positions: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,14 +16,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..errors import ModelError, unknown
-from .replay import Listener, Prefix, Tape, is_cache, on_suffix
+from .replay import Layout, Listener, Prefix, Stop, Tape, is_cache, lay_out
 
 Edit = Callable[[Tensor], Tensor]
 Read = Callable[[Tensor], None]
@@ -57,6 +57,8 @@ class Adapter:
         n_heads: Query heads in a block.
         n_kv_heads: Key and value heads in a block; fewer on grouped-query attention.
         d_head: Width of a head.
+        d_model: Width of the residual stream.
+        d_mlp: Width of an MLP's hidden layer.
     """
 
     model: Any
@@ -65,6 +67,8 @@ class Adapter:
     n_heads: int
     n_kv_heads: int
     d_head: int
+    d_model: int
+    d_mlp: int
 
     @classmethod
     def of(cls, model: Any) -> Adapter:
@@ -107,7 +111,9 @@ class Adapter:
             )
         groups = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
         name = getattr(cfg, "model_name", None) or architecture
-        return cls(model, str(name), cfg.n_layers, cfg.n_heads, groups, cfg.d_head)
+        d_mlp = getattr(cfg, "d_mlp", None) or 4 * cfg.d_model
+        sizes = (cfg.n_layers, cfg.n_heads, groups, cfg.d_head, cfg.d_model, d_mlp)
+        return cls(model, str(name), *sizes)
 
     @property
     def device(self) -> torch.device:
@@ -144,24 +150,33 @@ class Adapter:
             return self.model(tokens.to(self.device), return_type="logits")[:, -1]
 
     def tape(self, tokens: Int[Tensor, "row pos"]) -> Tape:
-        """Run the model once and keep what `replay` needs."""
+        """Run the model once and keep what `block` needs; only the last token is unembedded."""
         tape, handles = Tape(), []
 
         def before(block: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             tape.resid.append(args[0].detach())
             tape.calls.append((args[1:], dict(kwargs)))
-            listener = Listener(tape)
+            listener = Listener(tape.keys, tape.values)
             args = tuple(listener if is_cache(a) else a for a in args)
             kwargs = {k: listener if is_cache(v) else v for k, v in kwargs.items()}
             if not self._is_bridge:
                 kwargs["past_kv_cache_entry"] = listener
             return args, kwargs
 
+        def after(block: Any, args: tuple, out: Any) -> None:
+            tape.resid.append((out[0] if isinstance(out, tuple) else out).detach())
+
+        def last_token(unembed: Any, args: tuple) -> tuple:
+            return (args[0][:, -1:], *args[1:])
+
         caching = {"use_cache": True} if self._is_bridge else {}
+        reads = {("z", layer): lambda z: tape.z.append(z.detach()) for layer in self.layers}
         try:
             for block in self.model.blocks:
                 handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
-            with torch.no_grad():
+            handles.append(self.model.blocks[-1].register_forward_hook(after))
+            handles.append(self.model.unembed.register_forward_pre_hook(last_token))
+            with torch.no_grad(), self._hooked(None, reads):
                 tokens = tokens.to(self.device)
                 logits = self.model(tokens, return_type="logits", **caching)
                 tape.logits.append(logits[:, -1])
@@ -170,64 +185,165 @@ class Adapter:
                 handle.remove()
         return tape
 
-    def replay(
+    def block(
+        self,
+        tape: Tape,
+        layer: int,
+        x: Float[Tensor, "row slot d_model"],
+        layout: Layout,
+        *,
+        rows: Int[Tensor, " row"] | None = None,
+        front: tuple[Tensor, Tensor] | None = None,
+        edits: Mapping[HookName, Edit] | None = None,
+        reads: Mapping[HookName, Read] | None = None,
+        until: Literal["keys", "z", "attn_out"] | None = None,
+    ) -> Any:
+        """Call one block of a recorded run again, on some tokens.
+
+        Args:
+            tape: A recorded run.
+            layer: Which block.
+            x: Its input at the layout's tokens.
+            layout: Which tokens, and what stands in front of them.
+            rows: Rows of the tape that stand in front; repeats are variants of a prompt stacked in
+                the batch axis. None for each once, in order.
+            front: Keys and values in front, as the cache stores them; None for the recorded ones.
+            edits: As in `run`; what they see are the layout's tokens.
+            reads: As in `run`.
+            until: ``"keys"`` ends the call once keys and values are computed, ``"z"`` and
+                ``"attn_out"`` once these are; None runs all of it.
+
+        Returns:
+            The block's output, or what ``until`` names: keys and values as the cache stores them,
+            or the activation.
+        """
+        axis = 2 if self._is_bridge else 1
+        prefix = None
+        if front is None and len(layout.front):
+            front = tuple(  # type: ignore[assignment]
+                _some(_some(kept[layer], axis, layout.front), 0, rows)
+                for kept in (tape.keys, tape.values)
+            )
+        if front is not None:
+            prefix = Prefix(*front, axis)
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+        cache = Listener(keys, values, then="stop") if until == "keys" else prefix
+        args, kwargs = tape.calls[layer]
+        args = lay_out(args, cache, layout, tape.n_pos)
+        kwargs = {name: lay_out(v, cache, layout, tape.n_pos) for name, v in kwargs.items()}
+        if not self._is_bridge:
+            kwargs["past_kv_cache_entry"] = cache
+        seen: list[Tensor] = []
+
+        def stop(activation: Tensor) -> None:
+            seen.append(activation)
+            raise Stop
+
+        if until in ("z", "attn_out"):
+            reads = dict(reads or {}) | {(until, layer): stop}
+        with torch.no_grad():
+            try:
+                with self._hooked(edits, reads), self._slots(layer, layout, tape.n_pos):
+                    out = self.model.blocks[layer](x, *args, **kwargs)
+            except Stop:
+                return (keys[0], values[0]) if until == "keys" else seen[0]
+        return out[0] if isinstance(out, tuple) else out
+
+    def behind(
         self,
         tape: Tape,
         layer: int,
         start: int,
         rows: Int[Tensor, " row"],
-        *,
-        edits: Mapping[HookName, Edit] | None = None,
-        reads: Mapping[HookName, Read] | None = None,
-        add: Float[Tensor, "row pos d_model"] | None = None,
-        until: int | None = None,
-    ) -> Float[Tensor, "row vocab"] | None:
-        """Run the blocks from a layer and a position on, with everything before as recorded.
-
-        Args:
-            tape: A recorded run.
-            layer: First block that runs.
-            start: First position that is recomputed.
-            rows: Rows of the tape; repeats are variants of the same prompt.
-            edits: As in `run`; what they see starts at ``start``.
-            reads: As in `run`.
-            add: Added to the input of the first block, from ``start`` on.
-            until: First block that does not run; then nothing is returned.
-
-        Returns:
-            Logits at the last token.
-        """
-        length = tape.resid[0].shape[1]
+        fresh: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """Put fresh keys and values behind the recorded ones of the tokens before ``start``."""
         axis = 2 if self._is_bridge else 1
-        rows = rows.to(self.device)
-        x = tape.resid[layer][rows, start:]
-        if add is not None:
-            x = x + add
-        last = self.n_layers if until is None else until
-        with self._hooked(edits, reads), torch.no_grad():
-            for i in range(layer, last):
-                prefix = None
-                if start and tape.resumes_anywhere:
-                    keys, values = (
-                        t[i].narrow(axis, 0, start)[rows] for t in (tape.keys, tape.values)
-                    )
-                    prefix = Prefix(keys, values, axis)
-                args, kwargs = tape.calls[i]
-                args = on_suffix(args, prefix, start, length)
-                kwargs = {k: on_suffix(v, prefix, start, length) for k, v in kwargs.items()}
-                if not self._is_bridge:
-                    kwargs["past_kv_cache_entry"] = prefix
-                out = self.model.blocks[i](x, *args, **kwargs)
-                x = out[0] if isinstance(out, tuple) else out
-            return None if until is not None else self._unembed(x[:, -1:])[:, -1]
+        before, recorded = torch.arange(start), (tape.keys, tape.values)
+        kept = (_some(_some(t[layer], axis, before), 0, rows) for t in recorded)
+        keys, values = (torch.cat(both, axis) for both in zip(kept, fresh, strict=True))
+        return keys, values
 
-    def _unembed(self, resid: Float[Tensor, "row 1 d_model"]) -> Float[Tensor, "row 1 vocab"]:
-        norm = getattr(self.model, "ln_final", None)  # a HookedTransformer without norms has none
-        logits = self.model.unembed(resid if norm is None else norm(resid))
-        if self._is_bridge:
-            return self.model.adapter.apply_output_logits_transform(logits)
-        cap = getattr(self.model.cfg, "output_logits_soft_cap", -1.0)
-        return cap * torch.tanh(logits / cap) if cap and cap > 0 else logits
+    def exchanged(
+        self,
+        tape: Tape,
+        other: Tape,
+        layer: int,
+        layout: Layout,
+        mask: Bool[Tensor, "row pos"],
+    ) -> tuple[Tensor, Tensor]:
+        """Get the keys and values in front of a layout, the marked keys from another run."""
+        axis = 2 if self._is_bridge else 1
+        ours, theirs, values = (
+            _some(kept[layer], axis, layout.front) for kept in (tape.keys, other.keys, tape.values)
+        )
+        marked = mask[:, layout.front.to(mask.device)]
+        marked = marked[:, None, :, None] if self._is_bridge else marked[:, :, None, None]
+        return torch.where(marked, theirs, ours), values
+
+    def recorded_values(self, tape: Tape, layer: int) -> Float[Tensor, "row pos kv_head d_head"]:
+        """Get the values of a recorded run."""
+        values = tape.values[layer]
+        return values.transpose(1, 2) if self._is_bridge else values
+
+    def logits(
+        self,
+        resid: Float[Tensor, "row slot d_model"],
+        tokens: Int[Tensor, "row token"] | None = None,
+    ) -> Float[Tensor, "row slot token"]:
+        """Unembed the output of the last block: some tokens, or the whole vocabulary."""
+        unembed, norm = self.model.unembed, getattr(self.model, "ln_final", None)
+        with torch.no_grad():
+            normed = resid if norm is None else norm(resid)  # some HookedTransformers have no norms
+            if tokens is None:
+                logits = unembed(normed)
+            else:
+                tokens = tokens.to(self.device)
+                logits = torch.einsum("bvd,bkd->bvk", normed, unembed.W_U.T[tokens])
+                logits = logits + unembed.b_U[tokens][:, None]
+            if self._is_bridge:
+                return self.model.adapter.apply_output_logits_transform(logits)
+            cap = getattr(self.model.cfg, "output_logits_soft_cap", -1.0)
+            return cap * torch.tanh(logits / cap) if cap and cap > 0 else logits
+
+    @property
+    def layers(self) -> range:
+        """Numbers of the blocks."""
+        return range(self.n_layers)
+
+    @property
+    def shares_keys(self) -> bool:
+        """Whether a token's attention does not depend on how many keys it is offered."""
+        cfg = self.model.cfg
+        return not (getattr(cfg, "use_logn_attn", 0) or getattr(cfg, "use_dynamic_ntk_rope", 0))
+
+    @contextmanager
+    def _slots(self, layer: int, layout: Layout, n_pos: int) -> Iterator[None]:
+        """Make a HookedTransformer's attention take positions from a layout, for one call.
+
+        It takes the position of a key from its place in the cache, so mask and rotary tables are
+        put in the layout's order meanwhile. Blocks of a bridge are handed theirs.
+        """
+        if self._is_bridge or layout.is_plain:
+            yield
+            return
+        attention = self.model.blocks[layer].attn
+        whole = attention._make_causal_mask(n_pos, n_pos, 0, self.device)
+        mask, places = layout.mask(whole), layout.keys.to(self.device)
+        tables = {
+            name: attention._buffers[name]
+            for name in ("rotary_cos", "rotary_sin")
+            if name in attention._buffers
+        }
+        try:
+            attention._make_causal_mask = lambda *args, **kwargs: mask
+            for name, table in tables.items():
+                attention._buffers[name] = table[places]
+            yield
+        finally:
+            attention._buffers.update(tables)
+            del attention._make_causal_mask
 
     @cached_property
     def _points(self) -> Mapping[str, Any]:
@@ -294,10 +410,8 @@ class Adapter:
         self,
         tape: Tape,
         layer: int,
-        rows: Int[Tensor, " row"],
         names: Iterable[HookName],
         edits: Mapping[HookName, Edit] | None = None,
-        add: Float[Tensor, "row pos d_model"] | None = None,
     ) -> dict[HookName, Tensor]:
         """Run one block of a recorded run again, at all positions, and return activations in it.
 
@@ -305,7 +419,8 @@ class Adapter:
         """
         store: dict[HookName, Tensor] = {}
         reads = {name: _keep(store, name) for name in names}
-        self.replay(tape, layer, 0, rows, edits=edits, reads=reads, add=add, until=layer + 1)
+        layout = Layout.suffix(0, tape.n_pos)
+        self.block(tape, layer, tape.resid[layer], layout, edits=edits, reads=reads)
         return store
 
     def _checked_name(self, name: HookName, points: Mapping[str, Any]) -> str:
@@ -326,6 +441,16 @@ def _keep(store: dict[HookName, Tensor], name: HookName) -> Read:
         store[name] = activation.detach().clone()
 
     return read
+
+
+def _some(values: Tensor, axis: int, index: Tensor | None) -> Tensor:
+    """Select along an axis; a run from 0 on is a view, and None is all."""
+    if index is None:
+        return values
+    n = len(index)
+    if n and int(index[-1]) == n - 1 and torch.equal(index, torch.arange(n)):
+        return values.narrow(axis, 0, n)
+    return values.index_select(axis, index.to(values.device))
 
 
 def _architecture(model: Any) -> str:

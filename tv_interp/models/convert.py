@@ -22,9 +22,11 @@ _CONVERTERS = {  # architecture: TransformerLens's own converter of its weights
     "LlamaForCausalLM": ("llama", "convert_llama_weights"),
     "MistralForCausalLM": ("mistral", "convert_mistral_weights"),
     "GPTNeoXForCausalLM": ("neox", "convert_neox_weights"),
+    "PhiForCausalLM": ("phi", "convert_phi_weights"),
     "Gemma2ForCausalLM": ("gemma", "convert_gemma_weights"),
     "Qwen2ForCausalLM": ("qwen2", "convert_qwen2_weights"),
 }
+_NO_BOS = ("GPTNeoXForCausalLM", "PhiForCausalLM", "Qwen2ForCausalLM")
 NO_HOOKED = "the installed TransformerLens has no HookedTransformer (3.9 was the last)"
 
 
@@ -107,6 +109,7 @@ def why_not_hooked(hf_model: Any) -> str | None:
         "cross-attention": getattr(config, "add_cross_attention", False),
         "this attention_bias": getattr(config, "attention_bias", biased) != biased,
         "mlp_bias": getattr(config, "mlp_bias", False),
+        "qk_layernorm": getattr(config, "qk_layernorm", False),
     }
     reasons = " and ".join(what for what, present in found.items() if present)
     return f"a HookedTransformer cannot hold {architecture} with {reasons}" if reasons else None
@@ -145,7 +148,7 @@ def _hooked_config(config: Any, architecture: str) -> dict[str, Any]:
         "d_vocab": config.vocab_size,
         "act_fn": _activation(config),
         "normalization_type": "LN",
-        "default_prepend_bos": architecture not in ("GPTNeoXForCausalLM", "Qwen2ForCausalLM"),
+        "default_prepend_bos": architecture not in _NO_BOS,
     }
     if architecture == "GPT2LMHeadModel":
         return result | {
@@ -165,6 +168,8 @@ def _hooked_config(config: Any, architecture: str) -> dict[str, Any]:
     if architecture == "GPTNeoXForCausalLM":
         parallel = config.use_parallel_residual
         return result | {"eps": config.layer_norm_eps, "parallel_attn_mlp": parallel}
+    if architecture == "PhiForCausalLM":
+        return result | {"eps": config.layer_norm_eps, "parallel_attn_mlp": True}
     llama = architecture == "LlamaForCausalLM"  # its converter alone has an ungrouped form
     grouped = not llama or config.num_key_value_heads != heads
     result |= {

@@ -45,8 +45,7 @@ FILLERS: Words = tuple("red blue green pink grey black white gold brown teal lim
 WORDS = INPUTS + FILLERS + ANSWERS
 VOCABULARY = ("<bos>", "<unk>", "is", *WORDS)
 
-N_LAYERS, N_HEADS, D_HEAD, D_MLP, N_CTX, MAX_DEMOS = 4, 4, 40, 56, 36, 10
-READ_LAYER = 2
+D_HEAD, N_CTX, MAX_DEMOS = 40, 36, 10
 SHARP = 60.0  # attention score of the wanted key; every other key has 0
 REST = 30.0  # score of <bos> in content matching: wins when no key matches
 LOGIT = 4.0  # logit of a word whose "logits" slot holds 1
@@ -111,6 +110,19 @@ class Circuit(NamedTuple):
     heads: Mapping[Place, Head]
     hinges: Mapping[float, float] | None = None
 
+
+class Sizes(NamedTuple):
+    """Sizes of the model that holds a circuit; what the circuit does not need is 0."""
+
+    n_layers: int = 4
+    n_heads: int = 4
+    d_head: int = D_HEAD
+    d_mlp: int = 56
+    d_model: int | None = None  # None for as many as the circuit needs
+    d_vocab: int = len(VOCABULARY)
+
+
+SMALL = Sizes()
 
 # ------------------------------------------------------------------------------- the six cases
 
@@ -228,7 +240,7 @@ def _dimensions(circuit: Circuit) -> dict[tuple[str, str], int]:
     return {pair: i for i, pair in enumerate(dict.fromkeys(pairs))}
 
 
-def _compose(circuit: Circuit) -> dict[str, torch.Tensor]:
+def _compose(circuit: Circuit, sizes: Sizes) -> dict[str, torch.Tensor]:
     """Write a circuit as weights, under the names of HookedTransformer.
 
     Returns:
@@ -238,8 +250,13 @@ def _compose(circuit: Circuit) -> dict[str, torch.Tensor]:
         ``mlp.W_in [d_model, neuron]``, ``W_out [neuron, d_model]``; biases, all 0 but two kinds:
         ``b_Q [head, d_head]`` and ``b_in [neuron]``.
     """
-    V, dims = len(VOCABULARY), _dimensions(circuit)
-    d_model = len(dims) + N_CTX  # the slots, then the position
+    n_layers, n_heads, d_head, d_mlp, d_model, V = sizes
+    dims = _dimensions(circuit)
+    read_layer = max((at for (at, _), h in circuit.heads.items() if h.role == "reader"), default=0)
+    needed = len(dims) + N_CTX  # the slots first, the position last
+    d_model = needed if d_model is None else d_model
+    if d_model < needed:
+        raise ModelError(f"expected d_model of {needed} or more for this circuit, got {d_model}")
     one_hot = torch.eye(d_model, dtype=torch.float64)
 
     def dims_of(word: str, *slots: str) -> list[int]:
@@ -251,17 +268,18 @@ def _compose(circuit: Circuit) -> dict[str, torch.Tensor]:
         return made
 
     state = {
-        "embed.W_E": one_hot[:V],
+        "embed.W_E": torch.zeros(V, d_model, dtype=torch.float64),
         "pos_embed.W_pos": one_hot[-N_CTX:],
         "unembed.W_U": torch.zeros(d_model, V, dtype=torch.float64),
         "unembed.b_U": torch.zeros(V, dtype=torch.float64),
     }
+    state["embed.W_E"][: len(VOCABULARY)] = one_hot[: len(VOCABULARY)]
     for token, word in enumerate(VOCABULARY):
         state["unembed.W_U"][dims_of(word, "logits"), token] = LOGIT
-    for layer in range(N_LAYERS):
-        into, bias = (N_HEADS, d_model, D_HEAD), (N_HEADS, D_HEAD)
+    for layer in range(n_layers):
+        into, bias = (n_heads, d_model, d_head), (n_heads, d_head)
         W = weights(f"blocks.{layer}.attn.", W_Q=into, W_K=into, W_V=into, b_Q=bias, b_K=bias,
-                    b_V=bias, W_O=(N_HEADS, D_HEAD, d_model), b_O=(d_model,))  # fmt: skip
+                    b_V=bias, W_O=(n_heads, d_head, d_model), b_O=(d_model,))  # fmt: skip
         for h, head in ((h, head) for (at, h), head in circuit.heads.items() if at == layer):
             if isinstance(head.attends, Back):
                 for pos in range(N_CTX):
@@ -277,12 +295,12 @@ def _compose(circuit: Circuit) -> dict[str, torch.Tensor]:
             for i, word in enumerate(carried):
                 W["W_V"][h, dims_of(word, *reads), i] = 1
                 W["W_O"][h, i, dims_of(head.carries[word], writes)] = head.gain
-        W["W_Q"] *= math.sqrt(D_HEAD)  # the models divide scores by it
-        W["b_Q"] *= math.sqrt(D_HEAD)
+        W["W_Q"] *= math.sqrt(d_head)  # the models divide scores by it
+        W["b_Q"] *= math.sqrt(d_head)
         if circuit.hinges is not None:
-            W = weights(f"blocks.{layer}.mlp.", W_in=(d_model, D_MLP), b_in=(D_MLP,),
-                        W_out=(D_MLP, d_model), b_out=(d_model,))  # fmt: skip
-            if layer == READ_LAYER:
+            W = weights(f"blocks.{layer}.mlp.", W_in=(d_model, d_mlp), b_in=(d_mlp,),
+                        W_out=(d_mlp, d_model), b_out=(d_model,))  # fmt: skip
+            if layer == read_layer:
                 for n, (word, t) in enumerate(product(ANSWERS, circuit.hinges)):
                     W["W_in"][dims["sum", word], n], W["b_in"][n] = 1, -t
                     W["W_out"][n, dims["found", word]] = circuit.hinges[t]
@@ -323,12 +341,15 @@ def _tokenizer() -> Any:
     return tokenizer
 
 
-def _model(state: Mapping[str, torch.Tensor], hooked: bool, dtype: torch.dtype) -> Any:
+def _model(
+    state: Mapping[str, torch.Tensor], sizes: Sizes, hooked: bool, dtype: torch.dtype
+) -> Any:
     """Make a TransformerLens model with these weights; randomness stays as it was."""
     attn_only = "blocks.0.mlp.W_in" not in state
     config: dict[str, Any] = dict(
-        n_layers=N_LAYERS, n_heads=N_HEADS, d_head=D_HEAD, d_model=state["embed.W_E"].shape[1],
-        n_ctx=N_CTX, d_vocab=len(VOCABULARY), attn_only=attn_only, d_mlp=D_MLP, act_fn="relu",
+        n_layers=sizes.n_layers, n_heads=sizes.n_heads, d_head=sizes.d_head, n_ctx=N_CTX,
+        d_model=state["embed.W_E"].shape[1], d_vocab=sizes.d_vocab, attn_only=attn_only,
+        d_mlp=sizes.d_mlp, act_fn="relu",
         normalization_type=None, positional_embedding_type="standard", device="cpu", dtype=dtype,
         model_name="planted", init_weights=False,
     )  # fmt: skip
@@ -416,19 +437,42 @@ def build(
     """
     if name not in _CIRCUITS:
         raise unknown("planted model", name, _CIRCUITS)
+    return assemble(name, _CIRCUITS[name], backend=backend, dtype=dtype)
+
+
+def assemble(
+    name: str,
+    circuit: Circuit,
+    *,
+    sizes: Sizes = SMALL,
+    backend: Literal["auto", "hooked", "bridge"] = "auto",
+    dtype: torch.dtype = torch.float32,
+) -> PlantedCase:
+    """Build a model of a circuit of one's own.
+
+    Args:
+        name: What the case is called.
+        circuit: The heads, in words.
+        sizes: Of the model; larger ones hold the same circuit.
+        backend: As in `build`.
+        dtype: As in `build`.
+
+    Raises:
+        UnknownName: if there is no such backend.
+        ModelError: if ``d_model`` is too small for the circuit; and as `build`.
+    """
     if backend not in ("auto", "hooked", "bridge"):
         raise unknown("backend", backend, ("auto", "hooked", "bridge"))
     hooked = backend != "bridge" and hooked_class() is not None
     if backend == "hooked" and not hooked:
         raise ModelError("backend='hooked' needs transformer-lens 3.9: use backend='bridge'")
-    circuit = _CIRCUITS[name]
     writers, copiers, readers, relays = (
         frozenset(place for place, head in circuit.heads.items() if head.role == role)
         for role in ("writer", "copier", "reader", "relay")
     )
     return PlantedCase(
         name=name,
-        model=_model(_compose(circuit), hooked, dtype),
+        model=_model(_compose(circuit, sizes), sizes, hooked, dtype),
         task=PlantedTask(name, circuit.rule),
         template=TEMPLATE,
         writers=writers,

@@ -42,6 +42,7 @@ class Targets:
 
 
 Compute = Callable[[Tensor, Tensor, Targets], Tensor]
+Pair = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -53,14 +54,26 @@ class Metric:
         unit: Unit of the number and of differences of it.
         compute: From logits ``[row, vocab]``, prompt numbers ``[row]`` and targets to ``[row]``.
         chance: Its value where the answer is not known; None where it has no such level.
+        pair: For a metric that only reads the logits of answer and foil: from these two, ``[row]``
+            each, to ``[row]``. Then no more than they need be unembedded.
     """
 
     name: str
     unit: str
     compute: Compute
     chance: Callable[[int], float | None]
+    pair: Pair | None = None
 
-    def readout(self, targets: Targets) -> Callable[[Tensor, Tensor], Tensor]:
+    @classmethod
+    def of_pair(cls, name: str, unit: str, pair: Pair, chance: float) -> Metric:
+        """Make a metric of the logits of answer and foil."""
+
+        def compute(logits: Tensor, rows: Tensor, targets: Targets) -> Tensor:
+            return pair(_pick(logits, targets.answer[rows]), _pick(logits, targets.foil[rows]))
+
+        return cls(name, unit, compute, lambda vocab: chance, pair)
+
+    def readout(self, targets: Targets) -> Readout:
         """Fix the targets, to be called with logits and prompt numbers.
 
         Raises:
@@ -68,22 +81,55 @@ class Metric:
         """
         if self.name == "kl" and targets.reference is None:
             raise ScoreError("metric 'kl' compares with a clean run, and this analysis has none")
+        return Readout(self, targets)
 
-        def read(logits: Tensor, rows: Tensor) -> Tensor:
-            logits = logits.cpu()
-            if logits.dtype in (torch.float16, torch.bfloat16):
-                logits = logits.float()
-            return self.compute(logits, rows, targets)
 
-        return read
+@dataclass(frozen=True)
+class Readout:
+    """A metric on given prompts: from logits and prompt numbers to one number each, on the CPU.
+
+    Attributes:
+        metric: The metric.
+        targets: What it compares with.
+    """
+
+    metric: Metric
+    targets: Targets
+
+    def __call__(
+        self, logits: Float[Tensor, "row vocab"], rows: Int[Tensor, " row"]
+    ) -> Float[Tensor, " row"]:
+        """Read the logits of the whole vocabulary."""
+        return self.metric.compute(_precise(logits), rows, self.targets)
+
+    @property
+    def tokens(self) -> Int[Tensor, "prompt 2"] | None:
+        """The two tokens whose logits are all that the metric reads; None where it reads more."""
+        if self.metric.pair is None:
+            return None
+        return torch.stack([self.targets.answer, self.targets.foil], 1)
+
+    def of_tokens(self, logits: Float[Tensor, "row 2"]) -> Float[Tensor, " row"]:
+        """Read the logits of `tokens`."""
+        assert self.metric.pair is not None
+        return self.metric.pair(*_precise(logits).unbind(1))
+
+
+def _precise(logits: Tensor) -> Tensor:
+    logits = logits.cpu()
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
 def _pick(values: Tensor, tokens: Tensor) -> Tensor:
     return values.gather(1, tokens[:, None])[:, 0]
 
 
-def _logit_diff(logits: Tensor, rows: Tensor, targets: Targets) -> Tensor:
-    return _pick(logits, targets.answer[rows]) - _pick(logits, targets.foil[rows])
+def _difference(answer: Tensor, foil: Tensor) -> Tensor:
+    return answer - foil
+
+
+def _preference(answer: Tensor, foil: Tensor) -> Tensor:
+    return (answer > foil).to(answer.dtype) + 0.5 * (answer == foil).to(answer.dtype)
 
 
 def _log_prob(logits: Tensor, rows: Tensor, targets: Targets) -> Tensor:
@@ -100,11 +146,6 @@ def _accuracy(logits: Tensor, rows: Tensor, targets: Targets) -> Tensor:
     return (logits.argmax(-1) == targets.answer[rows]).to(logits.dtype)
 
 
-def _choice(logits: Tensor, rows: Tensor, targets: Targets) -> Tensor:
-    difference = _logit_diff(logits, rows, targets)
-    return (difference > 0).to(logits.dtype) + 0.5 * (difference == 0).to(logits.dtype)
-
-
 def _label_rate(logits: Tensor, rows: Tensor, targets: Targets) -> Tensor:
     return (logits.argmax(-1)[:, None] == targets.labels[rows]).any(-1).to(logits.dtype)
 
@@ -117,7 +158,7 @@ METRICS = {
     metric.name: metric
     for metric in (
         # Logit of the answer minus logit of the foil; linear in the residual stream.
-        Metric("logit_diff", "logits", _logit_diff, lambda vocab: 0.0),
+        Metric.of_pair("logit_diff", "logits", _difference, 0.0),
         # Probability of the answer.
         Metric("prob", "probability", lambda *a: _log_prob(*a).exp(), lambda vocab: 1 / vocab),
         # Log-probability of the answer.
@@ -127,7 +168,7 @@ METRICS = {
         # 1 where the answer is the top token of the whole vocabulary.
         Metric("accuracy", "fraction", _accuracy, lambda vocab: 1 / vocab),
         # 1 where the answer beats the foil, 1/2 where they tie.
-        Metric("choice", "fraction", _choice, lambda vocab: 0.5),
+        Metric.of_pair("choice", "fraction", _preference, 0.5),
         # 1 where the top token is a label at all: one of the prompt's answers, or the foil.
         Metric("label_rate", "fraction", _label_rate, lambda vocab: 0.0),
         # Rank of the answer; 1 is the top, so helping is negative.

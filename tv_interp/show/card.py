@@ -15,7 +15,7 @@ from scipy.stats import binomtest
 
 from ..errors import ModelError
 from ..files import write_text
-from ..interventions.engine import record_run
+from ..interventions.recording import last_logits
 from ..models.adapter import Adapter
 from ..models.load import load_model, reference_directory
 from ..prompts import Task, get_task, list_tasks, make_prompts
@@ -78,7 +78,7 @@ def measure_accuracy(
                     n_prompts=max(4, -(-n_prompts // len(tasks))),
                     seed=seed,
                 )
-                logits = record_run(adapter, prompts, keep_z=False).logits
+                logits = last_logits(adapter, prompts)
                 targets, every = Targets.of(prompts), torch.arange(len(prompts))
                 right.append(METRICS["accuracy"].readout(targets)(logits, every))
                 chosen.append(METRICS["choice"].readout(targets)(logits, every))

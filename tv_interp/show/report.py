@@ -21,7 +21,6 @@ from ..analysis.comparison import VectorReport
 from ..analysis.find import Effect, FoundHead, HeadReport
 from ..errors import PromptError, TvInterpError
 from ..files import write_text
-from ..interventions.engine import run_variants
 from ..interventions.sites import Patch, Site, Variant
 from ..models.adapter import Adapter
 from ..prompts import Prompts
@@ -155,8 +154,7 @@ def effects_by_demo(
         for demo in demos
         for site in sites
     ]
-    values = run_variants(report.model, run.base.prompts, variants, run.readout)
-    effects = run.effects(values).reshape(len(contrast), len(demos), len(sites))
+    effects = run.effects(variants).reshape(len(contrast), len(demos), len(sites))
     labels = {"demo": list(demos), "site": [str(site) for site in sites]}
     return run.scores(effects, ("demo", "site"), labels, demos="each")
 
