@@ -25,7 +25,7 @@ import xarray as xr
 
 from ..errors import PromptError, TvInterpError
 from ..files import make_directory, write_text
-from ..interventions.recording import batches, check_memory, last_logits
+from ..interventions.recording import batches, check_memory, last_logits, record_run
 from ..models.adapter import Adapter
 from ..prompts import Contrast, Prompts, Sample, Task, get_task
 from ..scores import Scores, get_metric
@@ -231,6 +231,7 @@ def compare_vectors(
         curves = [*side.vectors(other), *side.controls()]
         groups = {curve.site: curve for curve in curves}
         attrs = provenance(adapter) | side.contrast.provenance | {"half": name}
+        recorded = {kind: record_run(adapter, p) for kind, p in side.recipients.items()}
         for metric in METRICS if name == "test" else (select,):
             key = f"{name}/{metric}"
             unit = get_metric(metric).unit
@@ -238,7 +239,7 @@ def compare_vectors(
             found = [
                 inject_vectors(
                     model, side.recipients[c.recipient], c.vectors, at=c.at, metric=metric,
-                    progress=progress,
+                    run=recorded[c.recipient], progress=progress,
                 ).data.values
                 for c in curves
             ]  # fmt: skip

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..errors import PromptError, TvInterpError, unknown
 from ..interventions.engine import run_variants
-from ..interventions.recording import last_logits
+from ..interventions.recording import last_logits, record_run
 from ..interventions.sites import Cut, Head, Patch, Site, Variant
 from ..models.adapter import Adapter
 from ..prompts import Contrast, Prompts, Task, get_task, make_prompts
@@ -161,12 +161,13 @@ def measure_convergence(
     adapter, measure = Adapter.of(model), get_metric(name)
     local, whole = extract_vectors(model, clean), extract_vectors(model, clean, at="query_is")
 
+    run = record_run(adapter, dummy)
+
     def value(vectors: Vectors) -> np.ndarray:
-        return inject_vectors(model, dummy, vectors, metric=measure).data.values
+        return inject_vectors(model, dummy, vectors, metric=measure, run=run).data.values
 
     one = [value(replace(local, data=local.data.isel(demo=i, drop=True))) for i in range(n_demos)]
-    logits = last_logits(adapter, dummy)
-    plain = measure.readout(Targets.of(dummy))(logits, torch.arange(len(dummy))).numpy()
+    plain = measure.readout(Targets.of(dummy))(run.logits, torch.arange(len(dummy))).numpy()
     values = {
         "none": np.repeat(plain[:, None], adapter.n_layers, 1),
         "all": value(local),
@@ -542,10 +543,12 @@ def head_vectors(
         assert isinstance(total, xr.DataArray)
         changes[name] = replace(whole, data=total.cumsum("layer").assign_coords(whole.data.coords))
     readout = measure.readout(Targets.of(contrast.clean))
-    base = readout(last_logits(adapter, contrast.corrupted), torch.arange(len(contrast))).numpy()
+    run = record_run(adapter, contrast.corrupted)
+    base = readout(run.logits, torch.arange(len(contrast))).numpy()
     dummy = replace(contrast.corrupted, answer=contrast.answer, foil=contrast.foil)
     values = [
-        inject_vectors(model, dummy, v, mode="add", metric=measure).data.values - base[:, None]
+        inject_vectors(model, dummy, v, mode="add", metric=measure, run=run).data.values
+        - base[:, None]
         for v in changes.values()
     ]
     attrs = provenance(adapter) | contrast.provenance | {"metric": metric, "at": at}

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..errors import FileError, ModelError, PromptError, TvInterpError, unknown
 from ..interventions.engine import run_variants
-from ..interventions.recording import batches, check_fits, check_memory, last_logits
+from ..interventions.recording import Run, batches, check_fits, check_memory, last_logits
 from ..interventions.sites import Head, Patch, Site, Variant
 from ..models.adapter import Adapter, Edit, HookName
 from ..prompts import Prompts
@@ -320,6 +320,7 @@ def inject_vectors(
     how: Literal["each", "joint"] = "each",
     mode: Literal["replace", "add"] = "replace",
     metric: str | Metric = "accuracy",
+    run: Run | None = None,
     progress: bool = False,
 ) -> Scores:
     """Put vectors into prompts and measure what the model then answers, layer by layer.
@@ -336,6 +337,8 @@ def inject_vectors(
         how: ``"each"`` layer in a run of its own, or all in one ``"joint"`` run.
         mode: ``"replace"`` the residual stream, or ``"add"`` to it.
         metric: Name of a metric; not ``kl``, which has no reference here.
+        run: The recipients' own run from `record_run`, so that several sweeps share it; None
+            records it.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -363,15 +366,16 @@ def inject_vectors(
         [tuple(patches)] if how == "joint" else [(patch,) for patch in patches]
     )
     readout = metric.readout(Targets.of(prompts))
-    values = run_variants(
-        model, prompts, [*variants, ()], readout, progress=f"into {role}" if progress else None
-    )
+    label = f"into {role}" if progress else None
+    values = run_variants(model, prompts, [*variants, ()], readout, run=run, progress=label)
+    recipient = float(values[-1].mean())
+    zero_shot = _plain_run(adapter, prompts.zero_shot(), metric) if prompts.n_demos else recipient
     attrs = provenance(adapter) | prompts.provenance
     attrs |= {
         "metric": metric.name, "at": role, "taken_at": vectors.role, "mode": mode,
         "donors": {k: vectors.attrs[k] for k in ("task", "n_demos", "seed") if k in vectors.attrs},
-        "recipient": float(values[-1].mean()),
-        "zero_shot": _plain_run(adapter, prompts.zero_shot(), metric),
+        "recipient": recipient,
+        "zero_shot": zero_shot,
         "few_shot": vectors.attrs.get("few_shot", {}).get(metric.name),
         "chance": metric.chance(adapter.model.cfg.d_vocab),
     }  # fmt: skip
