@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import xarray as xr
 
-from ..errors import TvInterpError
+from ..errors import ModelError, TvInterpError
 from ..prompts import Task, get_task, make_prompts
 from ..scores import Scores
 from .comparison import VectorReport, compare_vectors, wrapped
@@ -127,7 +127,8 @@ def check_claims(
         progress: Whether to show progress.
 
     Returns:
-        One row for each claim and task, in the order of the claims.
+        One row for each claim and task, in the order of the claims; those that need a knockout are
+        left out on models that take no edits of attention scores.
 
     Raises:
         UnknownName: for an unknown task.
@@ -283,7 +284,7 @@ class _Asked:
         return self._needs_local(claim)
 
     def ablations(self, model: Any, task: Task, settings: dict[str, Any]) -> list[Claim]:
-        """Take away k of n answers, and as many connectives."""
+        """Take away k of n answers, and as many connectives; none where nothing can be cut."""
         prompts = make_prompts(model, task, **settings)
         n = prompts.n_demos
 
@@ -298,11 +299,14 @@ class _Asked:
             ours, theirs = (lost(metric, at, n) for at in ("answer", "is"))
             return replace(ours, data=ours.data - theirs.data)
 
-        scores = {
-            (metric, at): ablate_demos(model, prompts, at=at, how=["knockout"], metric=metric)
-            for metric in (self.select, "label_rate")
-            for at in ("answer", "is")
-        }
+        try:
+            scores = {
+                (metric, at): ablate_demos(model, prompts, at=at, how=["knockout"], metric=metric)
+                for metric in (self.select, "label_rate")
+                for at in ("answer", "is")
+            }
+        except ModelError:  # this model takes no edits of attention scores
+            return []
         whole = lost(self.select, "answer", n).data
         specific = float(apart(self.select).ci("mean")["lo"]) > 0
         control = "as many connectives taken away"
