@@ -10,7 +10,10 @@ TUTORIALS = sorted((Path(__file__).parent.parent / "tutorials").glob("*.ipynb"))
 
 
 def test_there_are_tutorials():
-    assert [path.stem for path in TUTORIALS] == ["01_find_writers_and_readers"]
+    assert [path.stem for path in TUTORIALS] == [
+        "01_find_writers_and_readers",
+        "02_local_and_global_vectors",
+    ]
 
 
 @pytest.mark.slow

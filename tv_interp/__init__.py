@@ -10,7 +10,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .analysis.claims import Claims, check_claims
+    from .analysis.comparison import VectorReport, compare_vectors
+    from .analysis.convergence import (
+        Convergence,
+        ablate_demos,
+        head_vectors,
+        measure_convergence,
+    )
     from .analysis.find import HeadReport, find_heads
+    from .analysis.geometry import Geometry, measure_geometry
     from .analysis.heads import (
         knock_out,
         patch_heads,
@@ -22,6 +31,7 @@ if TYPE_CHECKING:
     from .analysis.paths import patch_paths
     from .analysis.positions import patch_positions
     from .analysis.ranking import HeadRanking, rank_heads
+    from .analysis.vectors import Vectors, extract_vectors, function_vector, inject_vectors
     from .errors import TvInterpError
     from .interventions import Cut, Edge, Patch, Recorded, Site, record, run_variants
     from .models.load import load_model
@@ -30,6 +40,16 @@ if TYPE_CHECKING:
     from .show.report import write_report
 
 _HOME = {
+    "Claims": ".analysis.claims",
+    "check_claims": ".analysis.claims",
+    "VectorReport": ".analysis.comparison",
+    "compare_vectors": ".analysis.comparison",
+    "Convergence": ".analysis.convergence",
+    "ablate_demos": ".analysis.convergence",
+    "head_vectors": ".analysis.convergence",
+    "measure_convergence": ".analysis.convergence",
+    "Geometry": ".analysis.geometry",
+    "measure_geometry": ".analysis.geometry",
     "HeadReport": ".analysis.find",
     "find_heads": ".analysis.find",
     "knock_out": ".analysis.heads",
@@ -39,6 +59,10 @@ _HOME = {
     "patch_together": ".analysis.heads",
     "patch_interactions": ".analysis.interactions",
     "patch_paths": ".analysis.paths",
+    "Vectors": ".analysis.vectors",
+    "extract_vectors": ".analysis.vectors",
+    "function_vector": ".analysis.vectors",
+    "inject_vectors": ".analysis.vectors",
     "patch_positions": ".analysis.positions",
     "HeadRanking": ".analysis.ranking",
     "rank_heads": ".analysis.ranking",
@@ -64,9 +88,12 @@ _HOME = {
 }
 
 __all__ = [  # noqa: PLE0604
+    "Claims",
     "Contrast",
+    "Convergence",
     "Cut",
     "Edge",
+    "Geometry",
     "HeadRanking",
     "HeadReport",
     "Metric",
@@ -78,12 +105,23 @@ __all__ = [  # noqa: PLE0604
     "Site",
     "Task",
     "TvInterpError",
+    "VectorReport",
+    "Vectors",
+    "ablate_demos",
+    "check_claims",
+    "compare_vectors",
+    "extract_vectors",
     "find_heads",
+    "function_vector",
     "get_task",
+    "head_vectors",
+    "inject_vectors",
     "knock_out",
     "list_tasks",
     "load_model",
     "make_prompts",
+    "measure_convergence",
+    "measure_geometry",
     "patch_heads",
     "patch_interactions",
     "patch_local_paths",

@@ -97,6 +97,67 @@ def heads(
         print(f"\nWrote {names}", file=sys.stderr if json else sys.stdout)
 
 
+def vectors(
+    model: str = "reference",
+    task: str = "country-capital",
+    n_demos: int = 8,
+    n_prompts: int = 64,
+    seed: int = 0,
+    template: str | None = None,
+    backend: Literal["auto", "hooked", "bridge"] = "auto",
+    out: str | None = None,
+    json: bool = False,
+) -> None:
+    r"""Compare local vectors at the answers with global ones at "is", layer by layer.
+
+    Args:
+        model: "reference", a local directory in Hugging Face format, or a hub name.
+        task: Name of a task; see `tv-interp tasks`.
+        n_demos: Demonstrations in each prompt.
+        n_prompts: Prompts in each of the two halves: one chooses layers, the other reports them.
+        seed: Decides prompts, halves, donors and noise.
+        template: Text with {x} and {y}; by default the model's own, else "{x} is {y}\n".
+        backend: TransformerLens class.
+        out: Directory for vectors.json, scores.nc and report.html.
+        json: Print JSON instead of a table.
+    """
+    import numpy as np
+    import torch
+
+    from .analysis.comparison import compare_vectors
+    from .files import make_directory
+    from .models.load import load_model
+    from .prompts import get_task
+    from .prompts.roles import Template
+
+    chosen = get_task(task)
+    if template is not None:
+        Template.parse(template)
+    _check_numbers(n_demos=n_demos, n_prompts=n_prompts)
+    chosen.sample(np.random.default_rng(seed), n_demos)  # refuses more than the task has
+    directory = make_directory(out) if out is not None else None
+    loaded = load_model(model, backend=backend)
+    if loaded.cfg.d_model <= SMALL:
+        torch.set_num_threads(1)
+    report = compare_vectors(
+        loaded,
+        chosen,
+        n_demos=n_demos,
+        n_prompts=n_prompts,
+        seed=seed,
+        template=template,
+        progress=sys.stderr.isatty(),
+    )
+    print(_dumps(report.to_dict()) if json else report)
+    if directory is not None:
+        from .show.report import write_vector_page
+
+        report.save(directory)
+        write_vector_page(directory / "report.html", report, command=_command())
+        names = ", ".join(str(directory / n) for n in ("vectors.json", "scores.nc", "report.html"))
+        print(f"\nWrote {names}", file=sys.stderr if json else sys.stdout)
+
+
 def tasks(family: str | None = None, json: bool = False) -> None:
     """List the tasks that ship with the package.
 
@@ -156,7 +217,12 @@ def models(json: bool = False) -> None:
 SMALL = 256
 """Models up to this width run on one thread: on a busy machine more only wait for each other."""
 ABOUT = "Which attention heads carry a task through a prompt: who writes, who reads."
-COMMANDS: dict[str, Callable[..., None]] = {"heads": heads, "tasks": tasks, "models": models}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "heads": heads,
+    "vectors": vectors,
+    "tasks": tasks,
+    "models": models,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -208,7 +274,7 @@ def _add_options(parser: Any, function: Callable[..., None]) -> None:
             parser.add_argument(option, type=hints[name], default=parameter.default, help=text)
 
 
-def _check_numbers(*, n_demos: int, n_prompts: int, fdr: float) -> None:
+def _check_numbers(*, n_demos: int, n_prompts: int, fdr: float = 0.05) -> None:
     if n_demos < 1:
         raise TvInterpError(f"expected n_demos of 1 or more, got {n_demos}")
     if n_prompts < 4:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -15,7 +15,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from ..errors import PromptError
-from .corruptions import Words, check_corruption, corrupt_words
+from .corruptions import Words, check_corruption, corrupt_words, draw_answers
 from .roles import (
     DEMO_ROLES,
     ROLE_NAMES,
@@ -27,6 +27,8 @@ from .roles import (
     parse_role,
 )
 from .tasks import RuledSample, Sample, Task, get_task
+from .tasks.base import pick_foil
+from .tasks.registry import unrelated_answers
 
 DEFAULT_TEMPLATE = "{x} is {y}\n"
 
@@ -176,11 +178,100 @@ class Prompts:
             **{name: getattr(self, name)[index] for name in fields},
         )
 
+    def with_samples(self, samples: Sequence[Sample]) -> Prompts:
+        """Write other words with the same template and tokenizer, prompt by prompt.
+
+        Args:
+            samples: The words of each prompt, in the order of the rows they stand for.
+
+        Raises:
+            PromptError: if one of them cannot be cut at its roles, so that rows would not match.
+        """
+        made, kept = _assemble(samples, replace(self, dropped={}))
+        if len(kept) < len(samples):
+            lost = next(i for i in range(len(samples)) if i not in set(kept))
+            raise PromptError(
+                f"{len(samples) - len(kept)} of {len(samples)} prompts cannot be built, first "
+                f"number {lost}: {_reasons(made.dropped)}; leave them out with select(...)"
+            )
+        return replace(made, dropped=self.dropped)
+
     def zero_shot(self) -> Prompts:
-        """Take the demonstrations away: the queries alone, with the same answers and foils."""
-        bare = [_rewrite(sample, demos=[]) for sample in self.samples]
-        prompts, _ = _assemble(bare, self)
-        return prompts
+        """Take the demonstrations away: the queries alone, with the same answers and foils.
+
+        Raises:
+            PromptError: as `with_samples`.
+        """
+        return self.keep_demos([])
+
+    def keep_demos(self, which: Sequence[int]) -> Prompts:
+        """Keep some demonstrations of each prompt, in the order given.
+
+        Args:
+            which: Numbers of demonstrations, from 0.
+
+        Raises:
+            PromptError: if there is no such demonstration, or as `with_samples`.
+        """
+        wrong = [i for i in which if not 0 <= i < self.n_demos]
+        if wrong:
+            raise PromptError(
+                f"demonstration {wrong[0]} does not exist: these prompts have {self.n_demos}, "
+                "counted from 0"
+            )
+        return self.with_samples(
+            [_rewrite(sample, demos=[sample.demos[i] for i in which]) for sample in self.samples]
+        )
+
+    def other_query(self, *, seed: int = 1) -> Prompts:
+        """Ask something else behind the same demonstrations.
+
+        Unlike the corruption ``query``, answer and foil are those of the new query, which may be of
+        another length.
+
+        Args:
+            seed: Decides the queries; each prompt has a generator of its own.
+
+        Raises:
+            PromptError: if the task does not know its other inputs, or a prompt has no other query.
+        """
+        waiting = {}
+        for row, sample in enumerate(self.samples):
+            rule = getattr(sample, "rule", None)
+            if rule is None or not hasattr(self.task, "other_queries"):
+                raise PromptError(
+                    f"the samples of task {self.task.name!r} carry no rule, so the answer to "
+                    "another query is not known: use a task made by Task.from_pairs, or a subclass "
+                    "of Task whose sample() returns a RuledSample"
+                )
+            rng = np.random.default_rng([seed, row])
+            waiting[row] = (rng, self.task.other_queries(rng, sample))
+        found: dict[int, Sample] = {}
+        while waiting:
+            tried = {}
+            for row, (rng, queries) in waiting.items():
+                query = next(queries, None)
+                if query is None:
+                    raise PromptError(
+                        f"prompt {row} of task {self.task.name!r} has no other query that can be "
+                        "built: leave it out with select(...)"
+                    )
+                tried[row] = self._requery(self.samples[row], query, rng)
+            rows = list(tried)
+            _, kept = _assemble([tried[row] for row in rows], self, Counter())
+            for i in kept:
+                found[rows[i]] = tried[rows[i]]
+                del waiting[rows[i]]
+        return self.with_samples([found[row] for row in range(len(self))])
+
+    def _requery(self, sample: Any, query: str, rng: np.random.Generator) -> Sample:
+        answer = sample.rule(query)
+        if self.task.family == "categorization":
+            foil = sample.foil if answer == sample.answer else sample.answer
+        else:
+            shown = [y for _, y in sample.demos]
+            foil = pick_foil(rng, answer, shown, getattr(self.task, "answers", ()))
+        return _rewrite(sample, query=query, answer=answer, foil=foil)
 
     def corrupt(self, kind: str, *, seed: int = 1, other: str | Task | None = None) -> Contrast:
         """Make the corrupted twin of each prompt: same lengths, same roles, other words.
@@ -204,12 +295,37 @@ class Prompts:
         check_corruption(kind, self.task, other)
         if kind != "query" and self.n_demos == 0:
             raise PromptError(f"corruption {kind!r} changes demonstrations, and there are none")
+        return self._twins(
+            kind, seed, lambda words, rng: corrupt_words(kind, words, rng, self.task, other)
+        )
+
+    def dummies(self, *, seed: int = 1) -> Contrast:
+        """Make the dummy prompts that vectors are put into: the same inputs, answers at random.
+
+        Where the task is a shipped relation, answers are drawn from those of the other shipped
+        relations: drawn from its own (the corruption ``random_answers``) they still tell it. For
+        all other tasks this is ``random_answers``: categorization draws from its two labels.
+
+        Args:
+            seed: Decides what is drawn.
+
+        Raises:
+            PromptError: as `corrupt`.
+        """
+        pool = unrelated_answers(self.task)
+        if not pool:
+            return self.corrupt("random_answers", seed=seed)
+        return self._twins("unrelated", seed, lambda words, rng: draw_answers(words, rng, pool))
+
+    def _twins(
+        self, kind: str, seed: int, make: Callable[[Words, np.random.Generator], Sample]
+    ) -> Contrast:
         dropped: Counter[str] = Counter()
         kept, samples = [], []
         for row in range(len(self)):
             rng = np.random.default_rng([seed, row])
             try:
-                samples.append(corrupt_words(kind, self._words(row), rng, self.task, other))
+                samples.append(make(self._words(row), rng))
                 kept.append(row)
             except Misaligned as reason:
                 dropped[str(reason)] += 1

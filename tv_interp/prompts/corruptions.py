@@ -138,6 +138,18 @@ def corrupt_words(
     return _with(clean, demos, clean.query, foil)
 
 
+def draw_answers(words: Words, rng: np.random.Generator, pool: Sequence[str]) -> Sample:
+    """Draw the demonstrations' answers from a pool; query, answer and foil stay.
+
+    Raises:
+        Misaligned: if the pool has no answer of equal token length.
+    """
+    clean = words.sample
+    answers = [_draw(rng, pool, n, words) for n in words.y_lengths]
+    demos = list(zip(_inputs(clean), answers, strict=True))
+    return _with(clean, demos, clean.query, clean.foil)
+
+
 def _inputs(sample: Sample) -> list[str]:
     return [x for x, _ in sample.demos]
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
     import xarray as xr
 
+    from ..analysis.comparison import VectorReport
     from ..analysis.find import Effect, FoundHead, HeadReport
     from ..scores import Scores
 
@@ -289,6 +290,104 @@ def plot_joint(report: HeadReport, *, title: str | None = None) -> go.Figure:
         {"autorange": "reversed", "type": "category"},
     )  # fmt: skip
     return sheet.figure(title)
+
+
+VECTOR_LINES = {
+    "dummy": ("local", "local, Pos Avg", "local, Trial Avg", "global, other query"),
+    "zero-shot": ("local, Pos Avg", "global, other query", "global, Trial Avg", "global"),
+}
+"""What `plot_vectors` draws of each kind of recipients, beside all controls."""
+
+
+def plot_vectors(
+    report: VectorReport, *, metric: str | None = None, title: str | None = None
+) -> go.Figure:
+    """Draw local and global vectors by layer, with controls and reference lines.
+
+    One panel for dummy prompts and one for zero-shot prompts. Controls are grey; the levels of the
+    few-shot prompts and of the recipients as they are stand as horizontal lines. The layer that was
+    chosen on other prompts has an open ring.
+
+    Args:
+        report: From `compare_vectors`.
+        metric: ``accuracy``, ``choice`` or ``label_rate``; None for the one that chose the layers.
+        title: Title; None for task and model.
+
+    Raises:
+        UnknownName: for a metric that was not measured.
+    """
+    metric = str(report.settings["select"]) if metric is None else metric
+    if f"test/{metric}" not in report.scores:
+        raise unknown("metric", metric, {key.split("/")[1] for key in report.scores})
+    scores, runs = report.scores[f"test/{metric}"], report.runs[f"test/{metric}"].mean()
+    table = scores.ci("mean")
+    if title is None:
+        title = f"{metric}, {report.settings['task']} on {report.settings['model']}"
+    sheet = _Sheet(1, 2, 300)
+    listed: set[str] = set()
+    lines = list(dict.fromkeys(name for names in VECTOR_LINES.values() for name in names))
+    last = int(table["layer"].max())
+    for col, (recipient, wanted) in enumerate(VECTOR_LINES.items()):
+        x, y = sheet.panel(
+            0, col, f"into {recipient} prompts",
+            {"title": {"text": "layer"}, "tickmode": "linear", "tick0": 0,
+             "dtick": math.ceil((last + 1) / 14), "range": [-0.3, last + 0.3]},
+            {"title": {"text": metric if col == 0 else ""}, "range": [-0.04, 1.06]},
+        )  # fmt: skip
+
+        def add(name: str, trace: dict[str, Any], x: str = x, y: str = y) -> None:
+            sheet.traces.append(
+                {"type": "scatter", "name": _text(name), "legendgroup": name, "xaxis": x,
+                 "yaxis": y, "showlegend": name not in listed} | trace
+            )  # fmt: skip
+            listed.add(name)
+
+        for name, dash in (("few-shot", "dot"), (recipient, "dash")):
+            level = _number(float(runs.sel(site=name)))
+            label = name if name == "few-shot" else "recipients as they are"
+            add(
+                label,
+                {
+                    "mode": "lines", "x": [-0.3, last + 0.3], "y": [level, level],
+                    "line": {"color": "#222", "width": 1, "dash": dash},
+                    "hovertemplate": f"{name}: %{{y:.3f}}<extra></extra>",
+                },
+            )  # fmt: skip
+        for row in report.rows:
+            if row.recipient != recipient or (row.group != "control" and row.name not in wanted):
+                continue
+            part = table.sel(site=f"{recipient}: {row.name}")
+            value, lo, hi = (_numbers(part[k].values) for k in ("value", "lo", "hi"))
+            control = row.group == "control"
+            look = 0 if control else lines.index(row.name)
+            color = "#999999" if control else COLORS[look]
+            trace: dict[str, Any] = {
+                "mode": "lines+markers", "x": part["layer"].values.tolist(), "y": value,
+                "line": {"color": color, "dash": "solid" if control else DASHES[look],
+                         "width": 1 if control else 2},
+                "marker": {"symbol": "circle" if control else SYMBOLS[look],
+                           "size": 4 if control else 8},
+                "customdata": [list(ends) for ends in zip(lo, hi, strict=True)],
+                "hovertemplate": f"{_text(row.name)}, layer %{{x}}: %{{y:.3f}} "
+                "[%{customdata[0]:.3f}, %{customdata[1]:.3f}]<extra></extra>",
+            }  # fmt: skip
+            if not control:
+                trace["error_y"] = _errors(value, lo, hi)
+            add("controls" if control else row.name, trace)
+            if not control:
+                ring = {"symbol": "circle-open", "size": 16, "color": color, "line": {"width": 2}}
+                add(
+                    "layer chosen on dev",
+                    {
+                        "mode": "markers", "x": [row.layer], "y": [value[row.layer]],
+                        "marker": ring, "hoverinfo": "skip",
+                    },
+                )  # fmt: skip
+    figure = sheet.figure(title)
+    legend = {"orientation": "h", "x": 0, "y": -0.2, "yanchor": "top"}  # two rows, below the axes
+    return figure.update_layout(
+        legend=legend, margin={"b": 130}, height=figure.to_dict()["layout"]["height"] + 70
+    )
 
 
 def fragment(figure: go.Figure, name: str) -> str:

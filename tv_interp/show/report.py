@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ..analysis.common import Experiment
+from ..analysis.comparison import VectorReport
 from ..analysis.find import Effect, FoundHead, HeadReport
 from ..errors import PromptError, TvInterpError
 from ..files import write_text
@@ -85,6 +86,39 @@ def write_report(
                 "it Scores"
             )
     write_text(Path(path), _page(found, scores, command))
+
+
+def write_vector_page(
+    path: str | os.PathLike, report: VectorReport, *, command: str | None = None
+) -> None:
+    """Write a comparison of vectors as one HTML file that needs no network.
+
+    Args:
+        path: File to write, under its final name only once it is whole.
+        report: From `compare_vectors`.
+        command: The command that made the report; None for none.
+
+    Raises:
+        FileError: if the file cannot be written.
+    """
+    import jinja2
+    from markupsafe import Markup
+
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    page = environment.from_string(plots.read_asset("tv_interp.show", "vectors.html.j2"))
+    figures = _Figures()
+    text = page.render(
+        title=f"Local and global vectors: {report.settings['task']} on {report.settings['model']}",
+        command=command,
+        table=str(report),
+        figures=[
+            figures.add(plots.plot_vectors(report, metric=metric, title=metric))
+            for metric in ("accuracy", "choice", "label_rate")
+        ],
+        settings=_plain(report.settings),
+        plotly=Markup(plots.plotly_script()),
+    )
+    write_text(Path(path), text)
 
 
 def effects_by_demo(

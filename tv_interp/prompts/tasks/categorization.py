@@ -7,6 +7,7 @@ Data); its exact rules are not published, so those here are our choice.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
@@ -14,6 +15,7 @@ import numpy as np
 
 from ...errors import PromptError, unknown
 from .base import RuledSample, Sample, Task, check_size
+from .knowledge import relations
 from .words import LETTERS, NUMBERS, label_words
 
 Queries = Literal["any", "held_out", "seen"]
@@ -184,3 +186,37 @@ def categorization_tasks() -> list[Categorization]:
         Categorization("digit", _digit, _digit_held_out, _digit_rule),
         Categorization("2d-data", _point, _point_held_out, _point_rule),
     ]
+
+
+def hybrid_task(relation: str = "country-continent") -> Categorization:
+    """Build a task that needs both: a label for inputs whose *known* answer is one of two kinds.
+
+    For example, countries of one continent have one label and all others the other. Which answer of
+    the relation counts is drawn for every prompt, so it takes knowledge to tell the class of an
+    input, and several demonstrations to tell the rule.
+
+    Args:
+        relation: Name of a shipped relation; answers that a fifth of its inputs share can count.
+
+    Raises:
+        PromptError: if there is no such relation, or none of its answers is so frequent.
+    """
+    pairs = relations().get(relation)
+    if pairs is None:
+        raise PromptError(f"expected the name of a shipped relation, got {relation!r}")
+    inputs = tuple(pairs)
+    counts = Counter(pairs.values())
+    kinds = [y for y, n in counts.items() if len(inputs) / 5 <= n <= len(inputs) * 4 / 5]
+    if not kinds:
+        raise PromptError(f"relation {relation!r} has no answer that a fifth of its inputs share")
+
+    def classify(rng: np.random.Generator) -> Classifier:
+        kind = kinds[int(rng.integers(len(kinds)))]
+        return kind, lambda x: pairs[x] == kind
+
+    return Categorization(
+        f"hybrid-{relation}",
+        lambda rng: inputs[int(rng.integers(len(inputs)))],
+        lambda x: False,
+        classify,
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 from ...errors import PromptError, unknown
-from .base import Task
+from .base import PairTask, Task
 from .bijection import bijection_tasks
 from .categorization import categorization_tasks
 from .knowledge import knowledge_tasks
@@ -55,3 +55,14 @@ def list_tasks(family: str | None = None) -> list[str]:
     if family is not None and family not in families:
         raise unknown("family", family, families)
     return [name for name, task in _tasks().items() if family in (None, task.family)]
+
+
+def unrelated_answers(task: Task) -> tuple[str, ...]:
+    """List the answers of all other shipped relations that are no answer of this one.
+
+    Empty for tasks that are no shipped relation (categorization, look-up, user pairs).
+    """
+    if _tasks().get(task.name) is not task or not isinstance(task, PairTask):
+        return ()
+    every = (y for other in _tasks().values() if isinstance(other, PairTask) for y in other.answers)
+    return tuple(dict.fromkeys(y for y in every if y not in set(task.answers)))

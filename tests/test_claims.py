@@ -1,0 +1,134 @@
+"""Claims: verdicts follow from intervals, and a planted model gets those that were planted."""
+
+from __future__ import annotations
+
+import functools
+import json
+
+import numpy as np
+import pytest
+import xarray as xr
+from conftest import KINDS
+
+from tv_interp import cli
+from tv_interp.analysis.claims import Claims, check_claims, judge, verdict_of
+from tv_interp.analysis.comparison import compare_vectors
+from tv_interp.errors import TvInterpError, UnknownName
+from tv_interp.models import planted
+from tv_interp.scores import Scores
+from tv_interp.show.plots import plot_vectors
+from tv_interp.show.report import write_vector_page
+
+
+@functools.cache
+def report():
+    case = planted.build("write_then_read")
+    return compare_vectors(case.model, case.task, n_demos=4, n_prompts=12)
+
+
+@functools.cache
+def claims() -> Claims:
+    case = planted.build("write_then_read", backend="auto")
+    return check_claims(case.model, [case.task], n_demos=4, n_prompts=32)
+
+
+def scores(values) -> Scores:
+    data = xr.DataArray(np.asarray(values, dtype=float), dims=("prompt",))
+    return Scores(data, "fraction", None, tuple(map(str, range(len(data)))), {})
+
+
+def test_a_verdict_is_which_side_of_the_least_the_interval_is_on():
+    assert verdict_of(0.3, 0.5, 0.25) == "appears" and verdict_of(-0.1, 0.2, 0.25) == "does not"
+    assert verdict_of(0.2, 0.3, 0.25) == "undecided" == verdict_of(np.nan, np.nan, 0.25)
+    assert verdict_of(0.3, 0.5, 0.25, "below") == "does not"
+    assert verdict_of(0.1, 0.2, 0.25, "below") == "appears"
+
+
+def test_a_share_of_nothing_is_undecided():
+    rng = np.random.default_rng(0)
+    effect, gap = scores(rng.normal(0.6, 0.2, 40)), xr.DataArray(np.ones(40), dims=("prompt",))
+    value, lo, hi, verdict, _ = judge(effect, 0.25, over=gap)
+    assert lo < value < hi and verdict == "appears" and value == pytest.approx(0.6, abs=0.1)
+    noise = xr.DataArray(rng.normal(0, 1, 40), dims=("prompt",))
+    value, *_, verdict, reason = judge(effect, 0.25, over=noise)
+    assert np.isnan(value) and verdict == "undecided" and reason == "nothing to be a share of"
+
+
+def test_the_planted_look_up_gets_the_verdicts_that_were_planted():
+    """Local vectors work and stay apart; the global one holds an answer, no rule."""
+    verdicts = {row.text: row.verdict for row in claims().rows}
+    assert verdicts["local vectors work in dummy prompts"] == "appears"
+    assert verdicts["a global vector works in zero-shot prompts, one trial"] != "appears"
+    assert verdicts["Pos Avg fails where all local vectors work"] == "appears"
+    assert verdicts["local vectors converge: one does the work of all"] == "does not"
+    redundant = "answers are redundant: all but one can be taken away"
+    if KINDS[0] == "bridge":  # of native models, whose attention cannot be cut
+        assert redundant not in verdicts
+        return
+    assert verdicts[redundant] == "does not"
+    assert verdicts["accuracy falls gradually: half of the answers cost some"] == "appears"
+    assert all(row.control for row in claims().rows)
+
+
+def test_the_table_fits_80_columns_and_names_every_control():
+    text = str(claims())
+    assert max(map(len, text.splitlines())) <= 80
+    for row in claims().rows:
+        assert row.verdict in text and row.control.split()[0] in text
+    assert len(claims().to_pandas()) == len(claims().rows)
+    with pytest.raises(TvInterpError, match="expected at least one task"):
+        check_claims(planted.build("nothing").model, [])
+
+
+def test_the_figure_has_what_was_measured():
+    figure = plot_vectors(report())
+    drawn = [t for t in figure.data if t.name == "local" and t.mode == "lines+markers"]
+    mean = report().scores["test/accuracy"].mean().sel(site="dummy: local")
+    np.testing.assert_allclose(drawn[0].y, mean.values, rtol=1e-5)
+    grey = [t for t in figure.data if t.name == "controls"]
+    assert len(grey) == len(report().controls("dummy")) + len(report().controls("zero-shot"))
+    levels = {t.name: t.y[0] for t in figure.data if t.mode == "lines"}
+    assert levels["few-shot"] == 1
+    with pytest.raises(UnknownName, match="unknown metric 'prob'"):
+        plot_vectors(report(), metric="prob")
+
+
+def test_the_page_asks_no_network_and_escapes_what_it_shows(tmp_path):
+    for name in ("a.html", "b.html"):
+        write_vector_page(tmp_path / name, report(), command="<b>run</b>")
+    text = (tmp_path / "a.html").read_text("utf-8")
+    assert (tmp_path / "b.html").read_text("utf-8") == text
+    assert "&lt;b&gt;run" in text and "<b>run" not in text
+    assert text.count("Plotly.newPlot(") == 3 and "default-src 'none'" in text
+    assert "CONTROLS into dummy" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task", "digits"], "unknown task 'digits': did you mean 'digit'"),
+        (["--template", "{x} foo"], "expected a template with {x} and then {y}"),
+        (["--n-prompts", "2"], "expected n_prompts of 4 or more, got 2"),
+        (["--n-demos", "60"], "has inputs for at most 44 demonstrations"),
+    ],
+)
+def test_bad_input_is_one_line_before_a_model_is_loaded(capsys, monkeypatch, arguments, message):
+    monkeypatch.setattr("tv_interp.models.load.load_model", None)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["vectors", *arguments])
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == "" and len(err.strip().splitlines()) == 1
+    assert message in err
+
+
+@pytest.mark.slow
+def test_the_command_writes_its_files(capsys, tmp_path):
+    cli.main(["vectors", "--task", "digit", "--n-prompts", "4", "--n-demos", "4", "--out",
+              str(tmp_path), "--json"])  # fmt: skip
+    out, err = capsys.readouterr()
+    told = json.loads(out)
+    assert told == json.loads((tmp_path / "vectors.json").read_text("utf-8"))
+    assert {row["group"] for row in told["curves"]} == {"vector", "control", "probe"}
+    assert told["settings"]["select"] == "choice" and "test/accuracy" in told["lines"]
+    assert {p.name for p in tmp_path.iterdir()} == {"vectors.json", "scores.nc", "report.html"}
+    assert "Wrote" in err
