@@ -262,7 +262,7 @@ def train_positions(
     draw = torch.randn(layout.width, layout.width, generator=generator, dtype=torch.float64)
     mask = open_entries(layout)
     parameters = {
-        "positions": start * draw * mask,
+        "positions": _with_copy(start * draw * mask, layout),
         "rate": torch.tensor(one_step_rate(n, d), dtype=torch.float64),
     }
 
@@ -461,7 +461,7 @@ def train_family(
     query = draw(k, k)
     query[0, -1] += 1
     parameters = {
-        "a": 0.5 * one, "b": 0.5 * one, "c": -0.1 * one, "copy": 0 * one,
+        "a": 0.5 * one, "b": 0.5 * one, "c": -0.1 * one,
         "rate": one_step_rate(n, d) * one, "demo": draw(k, k), "query": query,
     }  # fmt: skip
     if layout.kind == "triplet":
@@ -470,19 +470,22 @@ def train_family(
     def build(p: Mapping[str, Tensor]) -> LinearTransformer:
         arrows = {} if "arrows" not in p else {"arrows": p["arrows"], "alpha": tuple(p["alpha"])}
         first = n * make_positions(layout, demo=p["demo"], query=p["query"], **arrows)
-        copy = torch.zeros(k, k, dtype=torch.float64)
-        copy[0, -1] = n
-        nothing = torch.zeros(k, k, dtype=torch.float64)
-        second = make_positions(layout, demo=nothing, query=copy * p["copy"])
         return LinearTransformer(
             layout,
             (
                 scalar_layer(d, a=p["a"], b=p["b"], c=p["c"], positions=first),
-                scalar_layer(d, a=0.0, b=p["rate"], c=1.0, positions=second),
+                scalar_layer(d, a=0.0, b=p["rate"], c=1.0),
             ),
         )
 
     return train_sampled(build, parameters, schedule, seed=seed + 1, progress=progress)
+
+
+def _with_copy(positions: Tensor, layout: Layout) -> Tensor:
+    """Start with the query's x copied to the end, which fixes the sign of all that follows."""
+    positions = positions.clone()
+    positions[layout.query, layout.end] += 1
+    return positions
 
 
 def _detached(model: LinearTransformer) -> LinearTransformer:
