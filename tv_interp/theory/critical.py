@@ -37,18 +37,24 @@ def squared_gradient(
     Args:
         model: Where to take it.
         n_prompts: In all batches together.
-        seed: Decides the prompts; W is Gaussian, since B is not held to multiples of I here.
+        seed: Decides the prompts; W is orthogonal, since B is not held to multiples of I here.
         batches: Independent batches.
     """
     generator = torch.Generator().manual_seed(seed)
-    leaves = [_open(layer) for layer in model.layers]
-    opened = replace(model, layers=tuple(leaves))
-    tensors = [t for layer in leaves for t in (layer.v, layer.q, layer.d) if t is not None]
+    opened = _copy(model)
+    for layer in opened.layers:
+        for tensor in _tensors(layer):
+            tensor.requires_grad_(True)
     gradients = []
     for _ in range(batches):
-        loss = prompt_losses(opened, n_prompts // batches, generator, tasks="gaussian").mean()
-        parts = torch.autograd.grad(loss, tensors)
-        gradients.append(torch.cat([_counted(part, model.d) for part in parts]))
+        loss = prompt_losses(opened, n_prompts // batches, generator, tasks="orthogonal").mean()
+        parts = iter(torch.autograd.grad(loss, [t for x in opened.layers for t in _tensors(x)]))
+        of_layers = [
+            Layer(*(None if t is None else next(parts) for t in (x.v, x.q, x.d)))  # type: ignore[arg-type]
+            for x in opened.layers
+        ]
+        weights = [w.flatten() for layer in of_layers for w in _weights(layer, model.d)]
+        gradients.append(torch.cat(weights))
     return _cross(torch.stack(gradients))
 
 
@@ -61,35 +67,32 @@ def perturb(model: LinearTransformer, size: float, *, seed: int) -> LinearTransf
         seed: Decides the noise.
     """
     generator = torch.Generator().manual_seed(seed)
+    out = _copy(model)
+    for layer in out.layers:
+        for weight in _weights(layer, model.d):
+            noise = torch.randn(weight.shape, generator=generator, dtype=weight.dtype)
+            weight += size * weight.norm() * noise / noise.norm()
+    return out
 
-    def moved(matrix: Tensor | None) -> Tensor | None:
-        if matrix is None:
-            return None
-        out = matrix.clone()
-        for block in _blocks(out, model.d):
-            noise = torch.randn(block.shape, generator=generator, dtype=block.dtype)
-            block += size * block.norm() * noise / noise.norm()
-        return out
 
-    layers = [Layer(*(moved(m) for m in (each.v, each.q, each.d))) for each in model.layers]  # type: ignore[arg-type]
+def _copy(model: LinearTransformer) -> LinearTransformer:
+    layers = (
+        Layer(*(None if t is None else t.clone() for t in (x.v, x.q, x.d)))  # type: ignore[arg-type]
+        for x in model.layers
+    )
     return replace(model, layers=tuple(layers))
 
 
-def _blocks(matrix: Tensor, d: int) -> list[Tensor]:
-    """Give views of A and B, or of C, or D whole: the zeros of V and Q are no weights."""
-    if len(matrix) != 2 * d:
-        return [matrix]
-    return [matrix[:d, :d], matrix[d:, d:]]
+def _tensors(layer: Layer) -> list[Tensor]:
+    return [t for t in (layer.v, layer.q, layer.d) if t is not None]
 
 
-def _counted(gradient: Tensor, d: int) -> Tensor:
-    return torch.cat([block.flatten() for block in _blocks(gradient, d)])
-
-
-def _open(layer: Layer) -> Layer:
-    return Layer(
-        *(None if t is None else t.clone().requires_grad_() for t in (layer.v, layer.q, layer.d))  # type: ignore[arg-type]
-    )
+def _weights(layer: Layer, d: int) -> list[Tensor]:
+    """Give views of A, B, C and D; the zeros of V and Q are no weights."""
+    out = [layer.v[:d, :d], layer.v[d:, d:]]
+    if layer.q is not None:
+        out.append(layer.q[:d, :d])
+    return out if layer.d is None else [*out, layer.d]
 
 
 def _cross(gradients: Float[Tensor, "batch weight"]) -> SquaredGradient:

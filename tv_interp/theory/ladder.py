@@ -90,32 +90,37 @@ def attend(
     columns: Float[Tensor, "prompt rows token"],
     layer: int,
     tokens: Tensor | None = None,
-) -> Float[Tensor, "prompt rows token"]:
-    """Apply one layer to all columns.
+    *,
+    only: Literal["all", "last"] = "all",
+) -> Float[Tensor, "prompt rows destination"]:
+    """Apply one layer.
 
     Args:
         model: The model.
         columns: Of a prompt, or of some of its tokens.
         layer: Which layer.
         tokens: Positions of the columns, where they are not all.
+        only: Whether to compute all columns, or the last alone.
     """
     d, n = model.d, model.layout.n
     tokens = torch.arange(model.layout.width) if tokens is None else tokens
+    to = slice(-1, None) if only == "last" else slice(None)
     read = columns
     if model.rung.norm == "layer":
         read = torch.nn.functional.layer_norm(columns.mT, (2 * d,)).mT
     x, y = read[:, None, :d], read[:, None, d:]
-    positions = n * model.positions[layer][:, tokens[:, None], tokens]
-    scores = model.c[layer][:, None, None] * (x.mT @ x) + positions
-    allowed = (tokens != model.layout.end)[:, None].expand(len(tokens), len(tokens))
+    positions = n * model.positions[layer][:, tokens[:, None], tokens[to]]
+    scores = model.c[layer][:, None, None] * (x.mT @ x[..., to]) + positions
+    allowed = (tokens != model.layout.end)[:, None].expand(-1, scores.shape[-1])
     if model.rung.mask == "causal":
-        allowed = allowed & (tokens[:, None] <= tokens)
+        allowed = allowed & (tokens[:, None] <= tokens[to])
     if model.rung.attention == "softmax":
         weights = scores.masked_fill(~allowed, -torch.inf).softmax(-2)
     else:
         weights = scores * allowed / n
     a, b = (each[layer][:, None, None] for each in (model.a, model.b))
-    return columns + torch.cat([((a * x) @ weights).sum(1), ((b * y) @ weights).sum(1)], 1)
+    written = torch.cat([((a * x) @ weights).sum(1), ((b * y) @ weights).sum(1)], 1)
+    return columns[..., to] + written
 
 
 def run(
@@ -131,7 +136,7 @@ def run(
     columns = attend(model, columns, 0)
     if mask is not None:
         columns = columns * mask
-    return attend(model, columns, 1)[:, model.d :, -1]
+    return attend(model, columns, 1, only="last")[:, model.d :, 0]
 
 
 def train_rung(
@@ -319,7 +324,7 @@ def _maps(model: Climber, x: Tensor, w: Tensor, query: Tensor) -> tuple[Tensor, 
         empty = torch.zeros_like(upper)
         short = attend(model, torch.stack([upper, empty, empty], -1), 0, tokens)
         short = torch.stack([short[..., 0], vector, short[..., 2]], -1)
-        return attend(model, short, 1, tokens)[:, model.d :, -1]
+        return attend(model, short, 1, tokens, only="last")[:, model.d :, 0]
 
     def from_prompt(q: Tensor) -> Tensor:
         return run(model, make_columns(layout, x, w @ x, q))

@@ -8,6 +8,8 @@
 
 Where V and Q treat all coordinates of y alike, the prediction is W f(X), so W can be taken as the
 identity: risk/d = E |f(X) + x|^2, with the same expectation and less noise (``tasks="identity"``).
+Where they only leave the prediction linear in Y, W can be sqrt(d) times a random rotation, which has
+the second moments of a Gaussian W (``tasks="orthogonal"``).
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from torch import Tensor
 from ..errors import TvInterpError, unknown
 
 Format = Literal["single", "pair", "triplet", "inseparable"]
-Tasks = Literal["identity", "gaussian"]
+Tasks = Literal["identity", "gaussian", "orthogonal"]
 Where = Literal["pre", "post"]
 FORMATS: tuple[Format, ...] = ("single", "pair", "triplet", "inseparable")
 _STRIDE = {"single": 1, "pair": 2, "triplet": 3, "inseparable": 2}
@@ -215,10 +217,11 @@ def sample_inputs(
 def sample_tasks(
     n_prompts: int, d: int, generator: torch.Generator, tasks: Tasks = "gaussian"
 ) -> Float[Tensor, "prompt d d"]:
-    """Draw W with rows from N(0, I), or take the identity; see the module's text."""
+    """Draw W with rows from N(0, I), or one of its stand-ins; see the module's text."""
     if tasks == "identity":
         return torch.eye(d, dtype=torch.float64).expand(n_prompts, d, d)
-    return torch.randn(n_prompts, d, d, generator=generator, dtype=torch.float64)
+    w = torch.randn(n_prompts, d, d, generator=generator, dtype=torch.float64)
+    return w if tasks == "gaussian" else d**0.5 * torch.linalg.qr(w).Q
 
 
 def make_columns(
@@ -282,16 +285,14 @@ def predict(
     model: LinearTransformer,
     columns: Float[Tensor, "prompt rows token"],
     *,
-    masks: Sequence[Float[Tensor, "prompt 1 token"]] | None = None,
-    where: Where = "post",
+    masks: Sequence[Float[Tensor, "prompt 1 token"] | None] = (),
 ) -> Float[Tensor, "prompt d"]:
     """Run a model and read the lower half of the last column.
 
     Args:
         model: The model.
         columns: From `make_columns`.
-        masks: One for each layer, from `draw_masks`; None drops nothing.
-        where: Whether they drop a layer's output or its input; see `Dropout`.
+        masks: What stays of the columns before each layer, from `draw_masks`; None drops nothing.
 
     Returns:
         The prediction, which approaches minus W x.
@@ -299,14 +300,13 @@ def predict(
     n = model.layout.n
     *before, last = model.layers
     for i, layer in enumerate(before):
-        if masks is not None and where == "pre":
-            columns = columns * masks[i]
-        columns = apply_layer(columns, layer, n)
-        if masks is not None and where == "post":
-            columns = columns * masks[i]
-    if masks is not None and where == "pre":
-        columns = columns * masks[-1]
-    return apply_last(columns, last, n)[:, model.d :]
+        columns = apply_layer(_masked(columns, masks, i), layer, n)
+    return apply_last(_masked(columns, masks, len(before)), last, n)[:, model.d :]
+
+
+def _masked(columns: Tensor, masks: Sequence[Tensor | None], layer: int) -> Tensor:
+    mask = masks[layer] if masks else None
+    return columns if mask is None else columns * mask
 
 
 def prompt_losses(
@@ -323,26 +323,26 @@ def prompt_losses(
         model: The model.
         n_prompts: How many.
         generator: Decides prompts and dropped tokens.
-        tasks: ``"identity"`` is exact where the weights treat all coordinates of y alike.
+        tasks: Stand-ins for Gaussian W are exact for the weights that the module's text names.
         dropout: Tokens dropped while the loss is taken.
 
     Returns:
-        |prediction + x|^2 for W = I, |prediction + W x|^2 / d for Gaussian W.
+        |prediction + x|^2 for W = I, |prediction + W x|^2 / d for the others.
     """
     d, layout = model.d, model.layout
     x, query = sample_inputs(n_prompts, d, layout.n, generator)
     w = sample_tasks(n_prompts, d, generator, tasks)
     y = x if tasks == "identity" else w @ x
     target = query if tasks == "identity" else (w @ query.unsqueeze(-1)).squeeze(-1)
-    masks = None
+    masks = ()
     if dropout is not None and dropout.keep < 1:
-        masks = [draw_masks(layout, n_prompts, dropout.keep, generator) for _ in model.layers]
-    out = predict(
-        model,
-        make_columns(layout, x, y, query),
-        masks=masks,
-        where="post" if dropout is None else dropout.where,
-    )
+        # The last layer's output is read at the end token, which always stays.
+        first = 0 if dropout.where == "pre" else 1
+        masks = [
+            draw_masks(layout, n_prompts, dropout.keep, generator) if i >= first else None
+            for i in range(len(model.layers))
+        ]
+    out = predict(model, make_columns(layout, x, y, query), masks=masks)
     losses = (out + target).square().sum(-1)
     return losses if tasks == "identity" else losses / d
 
