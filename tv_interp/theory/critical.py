@@ -101,8 +101,6 @@ def _cross(gradients: Float[Tensor, "batch weight"]) -> SquaredGradient:
         return (rows.sum(0).square().sum() - rows.square().sum()) / (m * (m - 1))
 
     m = len(gradients)
-    left_out = torch.stack(
-        [estimate(gradients[torch.arange(m) != i]) for i in range(m)]
-    )
+    left_out = torch.stack([estimate(gradients[torch.arange(m) != i]) for i in range(m)])
     error = ((m - 1) * left_out.var(correction=0)).sqrt()
     return SquaredGradient(float(estimate(gradients)), float(error))

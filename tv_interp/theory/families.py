@@ -2,7 +2,7 @@
 
 Positions D are predicted to lie in S_P:
 
-- pairs, separable or not: diag(I_n (x) L1, L2), every demonstration mixing its own x and y in the same way;
+- pairs, separable or not: diag(I_n (x) L1, L2), every demonstration mixing its own x and y alike;
 - triplets: diag(I_n (x) L1, L2) + I_(n+1) (x) L3 + L4 (x) L5, where L1 and L2 live on the corners
   of a 3 by 3 block, L3 on its centre, L5 on the first and last row of its middle column. L4 (x) L5
   makes the task vectors: arrow i becomes (alpha1 X beta_i ; alpha2 Y beta_i), beta_i the i-th

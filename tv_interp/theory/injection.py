@@ -24,7 +24,7 @@ from torch import Tensor
 from ..errors import TvInterpError, unknown
 from ..scores import Scores
 from .closed_forms import check_rank
-from .linear import Layer, LinearTransformer, apply_last, apply_layer, make_columns, predict
+from .linear import LAST, Layer, LinearTransformer, apply_layer, make_columns, predict
 
 Inputs = Literal["support", "isotropic"]
 Source = Literal["prompts", "arrows"]
@@ -52,7 +52,7 @@ def task_vectors(
             f"{model.layout.kind!r}: only arrows hold task vectors"
         )
     columns = make_columns(model.layout, x, y, torch.zeros_like(x[..., 0]))
-    arrows = apply_layer(columns, model.layers[0], model.layout.n)[..., model.layout.arrow]
+    arrows = apply_layer(columns, model.layers[0], model.layout.n, model.layout.arrow)
     return arrows / arrows.norm(dim=1, keepdim=True)
 
 
@@ -84,17 +84,16 @@ def inject(
         Layer(layer.v, layer.q, None if layer.d is None else layer.d[tokens[:, None], tokens])
         for layer in model.layers
     )
-    columns = vectors.new_zeros(len(vectors), vectors.shape[1], len(tokens))
-    columns = torch.cat(
-        [columns[..., : k - 1], _upper(query, model.d)[..., None], columns[..., k:]], -1
-    )
+    upper = torch.cat([query, torch.zeros_like(query)], 1)[..., None]
+    empty = torch.zeros_like(upper)
+    columns = torch.cat([*[empty] * (k - 1), upper, empty, empty], -1)
     columns = apply_layer(columns, first, layout.n)
     columns = torch.cat(
         [vectors[..., :-1], columns[..., [k - 1]], vectors[..., -1:], columns[..., -1:]], -1
     )
     for layer in between:
         columns = apply_layer(columns, layer, layout.n)
-    return apply_last(columns, last, layout.n)[:, model.d :]
+    return apply_layer(columns, last, layout.n, LAST)[:, model.d :, 0]
 
 
 def implied_map(
@@ -226,15 +225,7 @@ def in_context_map(
     query: Float[Tensor, "prompt d"],
 ) -> Float[Tensor, "prompt d d"]:
     """Compute the map implied by demonstrations in the prompt."""
-    return implied_map(
-        lambda q: predict(model, make_columns_of(model, x, w, q)),
-        query,
-    )
-
-
-def make_columns_of(model: LinearTransformer, x: Tensor, w: Tensor, query: Tensor) -> Tensor:
-    """Lay out a prompt of a linear task."""
-    return make_columns(model.layout, x, w @ x, query)
+    return implied_map(lambda q: predict(model, make_columns(model.layout, x, w @ x, q)), query)
 
 
 def bijection_accuracy(
@@ -276,9 +267,7 @@ def bijection_accuracy(
     d, n = model.d, model.layout.n
     check_rank(2, d)
     generator = torch.Generator().manual_seed(seed)
-    codes = torch.linalg.qr(
-        torch.randn(n_tasks, d, 2, generator=generator, dtype=torch.float64)
-    ).Q
+    codes = torch.linalg.qr(torch.randn(n_tasks, d, 2, generator=generator, dtype=torch.float64)).Q
     f, g = codes[..., 0], codes[..., 1]
     sign = -1.0 if task == "negate" else 1.0
     source, target = {
@@ -308,7 +297,8 @@ def bijection_accuracy(
             ours, theirs = ours.abs(), theirs.abs()
         return (ours > theirs).double()
 
-    parts = {"in context": right(predict(model, make_columns_of(model, draw(), w, query)))}
+    x = draw()
+    parts = {"in context": right(predict(model, make_columns(model.layout, x, w @ x, query)))}
     for k in vectors:
         z = injected_vectors(model, w, draw, k, "prompts")
         parts[f"{k} vector" + "s" * (k > 1)] = right(inject(model, z, query))
@@ -342,10 +332,6 @@ def _scores(parts: dict[str, Tensor], unit: str, attrs: dict) -> Scores:
     )
     clusters = tuple(str(i) for i in range(len(values)))
     return Scores(data, unit, None, clusters, {"model": "linear transformer", **attrs})
-
-
-def _upper(query: Tensor, d: int) -> Tensor:
-    return torch.cat([query, query.new_zeros(len(query), d)], -1)
 
 
 def _other(code: Tensor, f: Tensor, g: Tensor) -> Tensor:

@@ -4,10 +4,11 @@ Every rung keeps the two layers, the triplet prompts and the scalar A, B and C o
 adds one thing to the rung before: a causal mask, softmax, LayerNorm, two heads. The same three
 predictions are measured on each:
 
-1. *combination*: the last arrow is a fixed linear combination of the demonstrations. The weights are
-   fitted on half of the prompts and judged on the other half, against demonstrations of another
+1. *combination*: the last arrow is a fixed linear combination of the demonstrations. The weights
+   are fitted on half of the prompts and judged on the other half, against demonstrations of another
    prompt; within one prompt alone any vector is a combination, which shows nothing.
-2. *rank one*: the map implied by one injected vector has rank one, and fails on bijections.
+2. *rank one*: the map implied by one injected vector has rank one, and misses half of a map of
+   rank two.
 3. *redundancy*: arrows lower the risk only of models trained with dropout.
 """
 
@@ -175,7 +176,7 @@ def train_rung(
         "b": torch.stack([torch.ones(rung.heads), one_step_rate(n, d) * torch.ones(rung.heads)])
         + 0.1 * draw(*shape),
         "c": torch.tensor([[0.0], [1.0]]) + 0.1 * draw(*shape),
-        "positions": 0.1 * draw(*shape, layout.width, layout.width),
+        "positions": 0.02 * draw(*shape, layout.width, layout.width),
     }
     parameters["positions"][0, :, layout.query, layout.end] += 1
     for tensor in parameters.values():

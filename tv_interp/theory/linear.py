@@ -8,8 +8,8 @@
 
 Where V and Q treat all coordinates of y alike, the prediction is W f(X), so W can be taken as the
 identity: risk/d = E |f(X) + x|^2, with the same expectation and less noise (``tasks="identity"``).
-Where they only leave the prediction linear in Y, W can be sqrt(d) times a random rotation, which has
-the second moments of a Gaussian W (``tasks="orthogonal"``).
+Where they only leave the prediction linear in Y, W can be sqrt(d) times a random rotation, which
+has the second moments of a Gaussian W (``tasks="orthogonal"``).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ Format = Literal["single", "pair", "triplet", "inseparable"]
 Tasks = Literal["identity", "gaussian", "orthogonal"]
 Where = Literal["pre", "post"]
 FORMATS: tuple[Format, ...] = ("single", "pair", "triplet", "inseparable")
+ALL, LAST = slice(None), slice(-1, None)
 _STRIDE = {"single": 1, "pair": 2, "triplet": 3, "inseparable": 2}
 
 
@@ -240,35 +241,28 @@ def make_columns(
     return columns
 
 
-def scores_of(columns: Float[Tensor, "prompt rows token"], layer: Layer) -> Tensor:
-    """Score every source (second axis) for every destination (last axis), unmasked."""
-    width = columns.shape[-1]
-    scores = columns.new_zeros(len(columns), width, width)
-    if layer.q is not None:
-        scores = scores + columns.mT @ layer.q @ columns
-    return scores if layer.d is None else scores + layer.d
-
-
 def apply_layer(
-    columns: Float[Tensor, "prompt rows token"], layer: Layer, n: int
-) -> Float[Tensor, "prompt rows token"]:
-    """Apply Z + (1/n) V Z M (Z^T Q Z + D) to all columns."""
-    if layer.q is None and layer.d is not None:
-        return columns + layer.v @ (columns[..., :-1] @ layer.d[:-1]) / n
-    return columns + layer.v @ (columns[..., :-1] @ scores_of(columns, layer)[:, :-1]) / n
+    columns: Float[Tensor, "prompt rows token"],
+    layer: Layer,
+    n: int,
+    to: Tensor | slice = ALL,
+) -> Float[Tensor, "prompt rows destination"]:
+    """Apply Z + (1/n) V Z M (Z^T Q Z + D).
 
-
-def apply_last(
-    columns: Float[Tensor, "prompt rows token"], layer: Layer, n: int
-) -> Float[Tensor, "prompt rows"]:
-    """Apply a layer to the last column alone: all that the prediction needs of the last layer."""
-    scores = columns.new_zeros(len(columns), columns.shape[-1] - 1)
+    Args:
+        columns: Z.
+        layer: Its weights.
+        n: Demonstrations.
+        to: Which columns to compute.
+    """
+    sources = columns[..., :-1]
+    scores = None if layer.d is None else layer.d[:-1, to]
     if layer.q is not None:
-        scores = scores + (columns[..., :-1].mT @ (layer.q @ columns[..., -1:])).squeeze(-1)
-    if layer.d is not None:
-        scores = scores + layer.d[:-1, -1]
-    read = (columns[..., :-1] @ scores.unsqueeze(-1)).squeeze(-1)
-    return columns[..., -1] + read @ layer.v.T / n
+        contents = sources.mT @ (layer.q @ columns[..., to])
+        scores = contents if scores is None else contents + scores
+    if scores is None:
+        return columns[..., to]
+    return columns[..., to] + layer.v @ (sources @ scores) / n
 
 
 def draw_masks(
@@ -301,7 +295,8 @@ def predict(
     *before, last = model.layers
     for i, layer in enumerate(before):
         columns = apply_layer(_masked(columns, masks, i), layer, n)
-    return apply_last(_masked(columns, masks, len(before)), last, n)[:, model.d :]
+    columns = apply_layer(_masked(columns, masks, len(before)), last, n, LAST)
+    return columns[:, model.d :, 0]
 
 
 def _masked(columns: Tensor, masks: Sequence[Tensor | None], layer: int) -> Tensor:

@@ -10,7 +10,6 @@ from .linear import (
     make_columns,
     sample_inputs,
     sample_tasks,
-    scores_of,
 )
 
 
@@ -37,7 +36,10 @@ def token_saliency(model: LinearTransformer, *, n_prompts: int, seed: int) -> xr
     for layer in model.layers:
         gate = torch.ones(n_prompts, layout.width, layout.width, dtype=torch.float64)
         gates.append(gate.requires_grad_(True))
-        scores = (scores_of(columns, layer) * gates[-1])[:, :-1]
+        scores = torch.zeros_like(gate) if layer.d is None else layer.d.expand_as(gate)
+        if layer.q is not None:
+            scores = scores + columns.mT @ layer.q @ columns
+        scores = (scores * gates[-1])[:, :-1]
         columns = columns + layer.v @ (columns[..., :-1] @ scores) / layout.n
     loss = (columns[:, d:, -1] + target).square().sum() / d
     by_gate = torch.autograd.grad(loss, gates)  # a gate of ones: its gradient is G * d loss / d G
@@ -45,6 +47,10 @@ def token_saliency(model: LinearTransformer, *, n_prompts: int, seed: int) -> xr
     return xr.DataArray(
         values.numpy(),
         dims=("layer", "src", "dest"),
-        coords={"layer": range(1, len(values) + 1), "src": list(layout.names), "dest": list(layout.names)},
+        coords={
+            "layer": range(1, len(values) + 1),
+            "src": list(layout.names),
+            "dest": list(layout.names),
+        },
         attrs={"unit": "mean |G dL/dG|"},
     )

@@ -1,7 +1,8 @@
 """Training: one optimiser for losses of sampled prompts and for losses in closed form.
 
 A run optimises a few named tensors; a function turns them into a model. So which weights are free
-is said in one place: all of V and Q (`train_one_layer`), all of D (`train_positions`), or the members of S_P
+is said in one place: all of V and Q (`train_one_layer`), all of D (`train_positions`,
+`train_population`), A to D of any number of layers (`train_weights`), or the members of S_P
 (`train_family`).
 """
 
@@ -17,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import TrainingError, TvInterpError
-from .closed_forms import Moments, dropout_risk, mixing_moments, one_step_rate
+from .closed_forms import Moments, mixing_moments, one_step_rate
 from .families import make_positions
 from .linear import (
     Dropout,
@@ -176,7 +177,12 @@ def train_sampled(
 
 
 def train_one_layer(
-    n: int, d: int, schedule: Schedule, *, seed: int, progress: Callable[[int], object] | None = None
+    n: int,
+    d: int,
+    schedule: Schedule,
+    *,
+    seed: int,
+    progress: Callable[[int], object] | None = None,
 ) -> Trained:
     """Train one layer on single prompts with every entry of V and Q free.
 
@@ -319,7 +325,7 @@ def train_population(
 ) -> Trained:
     """Train as `train_positions`, on the expected loss itself instead of samples of it.
 
-    The loss is `closed_forms.dropout_risk` at the best rate. Entries of D that copy demonstrations
+    The loss is `closed_forms.dropout_risk` at the best rate below 0. Entries of D that copy demonstrations
     to the end token, or the query's x anywhere else than to the end, are 0 here.
 
     Args:
@@ -346,8 +352,13 @@ def train_population(
         x, y = mix(layout, parameters["x"], parameters["y"])
         return mixing_moments(y, x, d, dropped)
 
+    def loss() -> Tensor:
+        # The risk of the best rate below 0: a rate above 0 would turn the sign of all of D.
+        trace, square = moments()
+        return d - d * trace * trace.abs() / square
+
     losses = minimise(
-        lambda: dropout_risk(moments(), d),
+        loss,
         parameters,
         schedule,
         penalised=("x", "y"),
@@ -398,7 +409,9 @@ def train_weights(
     side = 1 if weights == "scalars" else d
     noise = 0.1 * torch.randn(3, n_layers, side, side, generator=generator, dtype=torch.float64)
     centre = torch.tensor([0.5, 0.5, -0.5], dtype=torch.float64)
-    parameters = dict(zip("abc", noise + centre[:, None, None, None] * torch.eye(side), strict=True))
+    parameters = dict(
+        zip("abc", noise + centre[:, None, None, None] * torch.eye(side), strict=True)
+    )
     if layout.kind != "single":
         parameters["positions"] = start * torch.randn(
             n_layers, width, width, generator=generator, dtype=torch.float64
