@@ -272,7 +272,7 @@ def prompt_formats(lab: _Lab) -> Section:
         rows,
         dims=("n", "series"),
         coords={"n": list(preset.demos), "series": [*formats, "d(d+1)/(n+d+1)"]},
-        attrs={"unit": "risk/d"},
+        attrs={"unit": "risk/d", "predicted": ["d(d+1)/(n+d+1)"]},
     )
     return Section(tuple(checks), data={"risk against demonstrations": data})
 
@@ -355,7 +355,8 @@ def dropout(lab: _Lab) -> Section:
     findings = (
         Finding("S_P distance, no dropout, no penalty, start .5", _distance(free),
                 "not reproduced: without either, L4 is a flat direction and stays as it started"),
-        Finding("its risk/d over the best", lab.risk(free) / one_step_risk(n, d), "1: optimal all the same"),
+        Finding("its risk/d over the best", lab.risk(free) / one_step_risk(n, d),
+                "1: optimal all the same"),
         Finding("triplet without dropout, tested with it", lab.risk(plain, dropped),
                 f"trained with it {risks['triplet']:.4f}"),
         Finding("S_P distance, dropout of inputs", _distance(pre),
@@ -438,7 +439,7 @@ def _risk_by_keep(lab: _Lab) -> xr.DataArray:
         rows,
         dims=("keep", "series"),
         coords={"keep": list(lab.preset.keeps), "series": series},
-        attrs={"unit": "risk/d"},
+        attrs={"unit": "risk/d", "predicted": series[1:4:2]},
     )
 
 
@@ -461,7 +462,7 @@ def sampled_training(lab: _Lab) -> Section:
                 arrows = read_arrows(_positions(model), layout)
                 checks += [
                     Check("last row of L4 over the others", arrows.last_row, "below", 0.08, 0.0),
-                    Check("cosine of beta_x and beta_y, last arrow", arrows.cosine, "above", 0.99, 1.0),
+                    Check("cosine of beta_x and beta_y", arrows.cosine, "above", 0.99, 1.0),
                     Check("risk/d under dropout", lab.risk(model, dropped), "relative", 0.03,
                           best_dropout_risk(n, d, preset.keep, len(layout.slots))),
                 ]  # fmt: skip
@@ -506,11 +507,13 @@ def redundancy(lab: _Lab) -> Section:
     ]
     return Section(
         checks=(
-            Check("Proposition 4: residual against 1 - |cos|, worst of 7", max(gaps), "below", 1e-3, 0.0),
+            Check("residual against 1 - |cos|, worst of 7", max(gaps), "below", 1e-3, 0.0),
             Check("participation of columns, p = .8", spread(0.8), "above", 0.75, 1.0),
             Check("participation of columns, p = 1", spread(1.0), "below", 0.6),
-            Check("causal, p = .5: later weigh more (Spearman)", order["corrected, p = .5"], "above", 0.95, 1.0),
-            Check("causal, p = .8, printed constants (Spearman)", order["printed, p = .8"], "above", 0.95, 1.0),
+            Check("causal, p = .5: later weigh more (Spearman)", order["corrected, p = .5"],
+                  "above", 0.95, 1.0),
+            Check("causal, p = .8, printed constants (Spearman)", order["printed, p = .8"],
+                  "above", 0.95, 1.0),
         ),
         findings=(
             Finding(
@@ -546,8 +549,8 @@ def injection(lab: _Lab) -> Section:
     checks = []
     values = singular_values(model, preset.n_tasks, d, seed=lab.seed)
     checks += [
-        Check("effective rank of one vector's map", float(values.attrs["rank"]), "below", 1.01, 1.0),
-        Check("its second singular value over the first", float(values.attrs["ratio"]), "below", 1e-5, 0.0),
+        Check("effective rank of one vector's map", values.attrs["rank"], "below", 1.01, 1.0),
+        Check("second singular value over the first", values.attrs["ratio"], "below", 1e-5, 0.0),
     ]  # fmt: skip
     for r in ranks:
         error = _part(fits[r], "1 vector")
@@ -572,7 +575,7 @@ def injection(lab: _Lab) -> Section:
                 f"rank {d}: {_part(wide[d], '1 vector'):.3f}; independent of rank, so isotropic x "
                 "say nothing about it"),
         Finding(f"{_vectors(8)}, rank {d}: many prompts minus one", _part(fits[d], _vectors(8))
-                - _part(one[d], _vectors(8)), "TaskV-M against TaskV-MS: below 0, prompts are better"),
+                - _part(one[d], _vectors(8)), "TaskV-M against TaskV-MS: below 0, many are better"),
         Finding(f"{_vectors(4)}, rank {d}", _part(fits[d], _vectors(4)),
                 f"one gradient step: {one_step_error(4, d, d):.3f}; it falls smoothly with k"),
     )  # fmt: skip
@@ -741,7 +744,9 @@ def ladder(lab: _Lab) -> Section:
             Finding(f"{name}: one vector's error at rank 2", results[name, keep].fit,
                     f".5; in context {results[name, keep].fit_in_context:.3f}"),
             Finding(f"{name}: risk added without arrows", results[name, keep].gain,
-                    f"above 0; trained without dropout {results[name, 1.0].gain:.3f}, which should be 0"),
+                    f"above 0; trained without dropout {results[name, 1.0].gain:.3f}, not 0"
+                    if results[name, 1.0].gain > 0.01 else
+                    f"above 0; trained without dropout {results[name, 1.0].gain:.3f}"),
         )
     ]  # fmt: skip
     return Section(checks, tuple(findings), {"ladder": data})
@@ -869,7 +874,11 @@ def _by_count(
         np.array(list(series.values())).T,
         dims=("vectors", "series"),
         coords={"vectors": list(counts), "series": list(series)},
-        attrs={"unit": "relative squared error", "rank": rank},
+        attrs={
+            "unit": "relative squared error",
+            "predicted": ["(r-1)/(r+k-1)", "max(0, 1-k/r)"],
+            "rank": rank,
+        },
     )
 
 

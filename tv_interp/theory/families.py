@@ -101,7 +101,7 @@ def make_positions(
         return out
     first, last = torch.zeros_like(middle), torch.zeros_like(middle)
     first[0, 1] = last[2, 1] = 1
-    return out + torch.kron(arrows, alpha[0] * first + alpha[1] * last)
+    return out + torch.kron(arrows.contiguous(), alpha[0] * first + alpha[1] * last)
 
 
 def effective_rows(layout: Layout) -> Bool[Tensor, " source"]:

@@ -24,7 +24,15 @@ from torch import Tensor
 from ..errors import TvInterpError, unknown
 from ..scores import Scores
 from .closed_forms import check_rank
-from .linear import LAST, Layer, LinearTransformer, apply_layer, make_columns, predict
+from .linear import (
+    LAST,
+    Layer,
+    LinearTransformer,
+    apply_layer,
+    make_columns,
+    orthonormalise,
+    predict,
+)
 
 Inputs = Literal["support", "isotropic"]
 Source = Literal["prompts", "arrows"]
@@ -140,9 +148,9 @@ def draw_maps(
         TvInterpError: for a rank below 1 or above the dimension.
     """
     check_rank(rank, d)
-    bases = torch.linalg.qr(
-        torch.randn(2, n_tasks, d, d, generator=generator, dtype=torch.float64)
-    ).Q[..., :rank]
+    bases = orthonormalise(
+        torch.randn(2, n_tasks, d, rank, generator=generator, dtype=torch.float64)
+    )
     return bases[0] @ bases[1].mT, bases[1]
 
 
@@ -267,7 +275,7 @@ def bijection_accuracy(
     d, n = model.d, model.layout.n
     check_rank(2, d)
     generator = torch.Generator().manual_seed(seed)
-    codes = torch.linalg.qr(torch.randn(n_tasks, d, 2, generator=generator, dtype=torch.float64)).Q
+    codes = orthonormalise(torch.randn(n_tasks, d, 2, generator=generator, dtype=torch.float64))
     f, g = codes[..., 0], codes[..., 1]
     sign = -1.0 if task == "negate" else 1.0
     source, target = {

@@ -29,6 +29,7 @@ from .linear import (
     Layout,
     draw_masks,
     make_columns,
+    orthonormalise,
     sample_inputs,
     sample_tasks,
 )
@@ -260,9 +261,9 @@ def measure_rung(model: Climber, *, n_prompts: int, keep: float, seed: int) -> R
     combination = _combination(model, columns, x, w @ x)
     with torch.enable_grad():
         maps = _maps(model, x, w, query)
-        basis = torch.linalg.qr(x[..., :2]).Q
+        basis = orthonormalise(x[..., :2])
         support = basis @ torch.randn(n_prompts, 2, x.shape[-1], generator=generator).double()
-        w2 = torch.linalg.qr(w).Q[..., :2] @ basis.mT
+        w2 = orthonormalise(w[..., :2]) @ basis.mT
         inside = (basis @ torch.randn(n_prompts, 2, 1, generator=generator).double())[..., 0]
         narrow = _maps(model, support, w2, inside)
     restrict = basis @ basis.mT

@@ -222,7 +222,13 @@ def sample_tasks(
     if tasks == "identity":
         return torch.eye(d, dtype=torch.float64).expand(n_prompts, d, d)
     w = torch.randn(n_prompts, d, d, generator=generator, dtype=torch.float64)
-    return w if tasks == "gaussian" else d**0.5 * torch.linalg.qr(w).Q
+    return w if tasks == "gaussian" else d**0.5 * orthonormalise(w)
+
+
+def orthonormalise(columns: Float[Tensor, "*many d column"]) -> Float[Tensor, "*many d column"]:
+    """Make Gaussian columns orthonormal, uniformly distributed."""
+    q, r = torch.linalg.qr(columns)
+    return q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
 
 
 def make_columns(

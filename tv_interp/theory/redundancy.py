@@ -78,7 +78,7 @@ def participation(m: Float[Tensor, "demo arrow"]) -> float:
 
 
 def rank_one_residual_found(x: np.ndarray, y: np.ndarray, *, seed: int = 0) -> float:
-    """Minimise |u (v . x) - y|^2 + |u (v . y) - x|^2 over vectors u, v, from ten starts.
+    """Minimise |u (v . x) - y|^2 + |u (v . y) - x|^2 over vectors u, v, from three starts.
 
     The numerical side of Proposition 4; `closed_forms.rank_one_residual` is the formula.
 
@@ -99,5 +99,5 @@ def rank_one_residual_found(x: np.ndarray, y: np.ndarray, *, seed: int = 0) -> f
         return float(to_y @ to_y + to_x @ to_x), np.concatenate([by_u, by_v])
 
     rng = np.random.default_rng(seed)
-    starts = rng.normal(size=(10, 2 * d))
+    starts = rng.normal(size=(3, 2 * d))
     return min(float(minimize(residual, s, jac=True, method="L-BFGS-B").fun) for s in starts)

@@ -325,8 +325,8 @@ def train_population(
 ) -> Trained:
     """Train as `train_positions`, on the expected loss itself instead of samples of it.
 
-    The loss is `closed_forms.dropout_risk` at the best rate below 0. Entries of D that copy demonstrations
-    to the end token, or the query's x anywhere else than to the end, are 0 here.
+    The loss is `closed_forms.dropout_risk` at the best rate below 0. Entries of D that copy
+    demonstrations to the end token, or the query's x anywhere else than to the end, are 0 here.
 
     Args:
         layout: Pairs or triplets.
