@@ -117,12 +117,13 @@ def _heatmaps(arrays: Mapping[str, xr.DataArray], title: str) -> go.Figure:
     sheet = _Sheet(1, len(arrays), 360)
     for i, (name, array) in enumerate(arrays.items()):
         rows, cols = (str(dim) for dim in array.dims)
+        square = {"scaleanchor": f"x{i + 1 if i else ''}", "constrain": "domain"}
         x, y = sheet.panel(
             0, i, name,
             {"title": {"text": _AXES[cols]}, "type": "category", "showgrid": False,
-             "tickangle": 90},
+             "tickangle": 90, "constrain": "domain"},
             {"title": {"text": _AXES[rows] if i == 0 else ""}, "type": "category",
-             "autorange": "reversed", "showgrid": False},
+             "autorange": "reversed", "showgrid": False, **square},
         )  # fmt: skip
         unit = str(array.attrs["unit"])
         sheet.traces.append(
@@ -282,7 +283,7 @@ def _rungs(array: xr.DataArray, title: str) -> go.Figure:
             row, 0, name, {"type": "category"}, {"zeroline": True, "rangemode": "tozero"}
         )
         for i, trained in enumerate(map(str, array["trained"].values)):
-            label = f"trained with {trained}"
+            label = f"trained {trained}"
             sheet.traces.append(
                 {
                     "type": "bar", "name": label, "legendgroup": label, "showlegend": row == 0,

@@ -118,6 +118,18 @@ def best_dropout_risk(n: int, d: int, keep: float, tokens: int) -> float:
     return d - (keep * d * n) ** 2 / whole
 
 
+def frame_rate(n: int, d: int, keep: float, tokens: int) -> float:
+    """Best b c where K is a tight frame of unit tokens, (tokens / n) I.
+
+    The scale of D and this rate stand for each other. At this rate the optimum of
+    `best_dropout_risk` has D / n = 1 between the x and y of a demonstration; for tokens = n and
+    nothing dropped it is `one_step_rate`.
+    """
+    check_keep(keep)
+    whole = keep * tokens * (1 + (1 + d) / n) + (1 - keep) * (2 + d)
+    return -n / whole
+
+
 def arrow_share(n: int) -> float:
     """Arrows' share of tr K at the optimum of `best_dropout_risk`: (n + 1) / (3n + 1)."""
     return (n + 1) / (3 * n + 1)

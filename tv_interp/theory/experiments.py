@@ -75,7 +75,7 @@ from .training import (
 )
 
 Tick = Callable[[int], object]
-PENALTY = 3e-3
+PENALTY = 5e-4
 """Times |D / n|^2: small, and enough to choose among equally good D."""
 
 
@@ -128,7 +128,7 @@ FULL = (
 )  # fmt: skip
 PRESETS = {
     "quick": Preset(
-        d=3, n=7, keep=0.8, n_prompts=30_000, n_tasks=400, population=1000, sampled=500,
+        d=3, n=7, keep=0.8, n_prompts=30_000, n_tasks=400, population=1500, sampled=500,
         demos=(2, 6), keeps=(0.6, 0.8), family_demos=4, gradient_prompts=32_768,
         ladder=("linear", "+ softmax"), ladder_steps=400, redundancy_seeds=1, sections=QUICK,
     ),
@@ -198,7 +198,7 @@ class _Lab:
             self._trained[key] = train_population(
                 Layout(kind, self.preset.n),
                 self.preset.d,
-                Schedule(steps=self.preset.population, rate=1e-2, penalty=PENALTY),
+                Schedule(steps=self.preset.population, rate=3e-2, penalty=PENALTY),
                 seed=self.seed,
                 dropout=dropout,
                 progress=self.tick,
@@ -249,7 +249,7 @@ def prompt_formats(lab: _Lab) -> Section:
     """Do pairs and triplets reach the risk of one step of gradient descent, and no less?"""
     d, preset = lab.preset.d, lab.preset
     checks, rows = [], []
-    schedule = Schedule(steps=max(600, preset.population // 4), rate=1e-2, penalty=PENALTY)
+    schedule = Schedule(steps=max(600, preset.population // 4), rate=3e-2, penalty=PENALTY)
     for n in preset.demos:
         expected = one_step_risk(n, d)
         models = {"single": one_step_model(Layout("single", n), d, one_step_rate(n, d))}
@@ -720,7 +720,11 @@ def ladder(lab: _Lab) -> Section:
     data = xr.DataArray(
         rows,
         dims=("rung", "trained", "quantity"),
-        coords={"rung": names, "trained": ["dropout", "no dropout"], "quantity": quantities},
+        coords={
+            "rung": names,
+            "trained": ["with dropout", "without dropout"],
+            "quantity": quantities,
+        },
         attrs={"unit": "", "n": n, "d": d},
     )
     base, plain = results["linear", keep], results["linear", 1.0]

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import TrainingError, TvInterpError
-from .closed_forms import Moments, mixing_moments, one_step_rate
+from .closed_forms import dropout_risk, frame_rate, mixing_moments, one_step_rate
 from .families import make_positions
 from .linear import (
     Dropout,
@@ -269,7 +269,7 @@ def train_positions(
     mask = open_entries(layout)
     parameters = {
         "positions": _with_copy(start * draw * mask, layout),
-        "rate": torch.tensor(one_step_rate(n, d), dtype=torch.float64),
+        "rate": torch.tensor(start_rate(layout, d, dropout), dtype=torch.float64),
     }
 
     def build(p: Mapping[str, Tensor]) -> LinearTransformer:
@@ -284,6 +284,16 @@ def train_positions(
         penalised=("positions",),
         progress=progress,
     )
+
+
+def start_rate(layout: Layout, d: int, dropout: Dropout | None) -> float:
+    """Compute the rate at which D of the optimum has entries of about 1, times n.
+
+    With dropout the tokens are a tight frame; without, a demonstration's own x and y are enough.
+    """
+    keep = 1.0 if dropout is None else dropout.keep
+    tokens = layout.n if keep == 1 else len(layout.slots)
+    return frame_rate(layout.n, d, keep, tokens)
 
 
 def mix(
@@ -325,8 +335,9 @@ def train_population(
 ) -> Trained:
     """Train as `train_positions`, on the expected loss itself instead of samples of it.
 
-    The loss is `closed_forms.dropout_risk` at the best rate below 0. Entries of D that copy
-    demonstrations to the end token, or the query's x anywhere else than to the end, are 0 here.
+    The loss is `closed_forms.dropout_risk` at the rate of `start_rate`, since the rate and the
+    scale of D stand for each other. Entries of D that copy demonstrations to the end token, or the
+    query's x anywhere else than to the end, are 0 here.
 
     Args:
         layout: Pairs or triplets.
@@ -348,31 +359,19 @@ def train_population(
     for tensor in parameters.values():
         tensor.requires_grad_(True)
 
-    def moments() -> Moments:
-        x, y = mix(layout, parameters["x"], parameters["y"])
-        return mixing_moments(y, x, d, dropped)
+    rate = start_rate(layout, d, dropped)
 
     def loss() -> Tensor:
-        # The risk of the best rate below 0: a rate above 0 would turn the sign of all of D.
-        trace, square = moments()
-        return d - d * trace * trace.abs() / square
+        x, y = mix(layout, parameters["x"], parameters["y"])
+        return dropout_risk(mixing_moments(y, x, d, dropped), d, rate / n)
 
-    losses = minimise(
-        loss,
-        parameters,
-        schedule,
-        penalised=("x", "y"),
-        progress=progress,
-    )
+    losses = minimise(loss, parameters, schedule, penalised=("x", "y"), progress=progress)
     final = {name: tensor.detach() for name, tensor in parameters.items()}
-    with torch.no_grad():
-        trace, square = moments()
     positions = torch.zeros(layout.width, layout.width, dtype=torch.float64)
     positions[layout.x[:, None], layout.slots] = n * final["x"]
     positions[layout.y[:, None], layout.slots] = n * final["y"]
     positions[layout.query, layout.end] = n
-    model = two_layers(layout, d, positions, -n * float(trace / square))
-    return Trained(model, final, losses)
+    return Trained(two_layers(layout, d, positions, rate), final, losses)
 
 
 def train_weights(
