@@ -300,7 +300,7 @@ def theorems(lab: _Lab) -> Section:
     findings: list[Finding] = []
     for kind in ("pair", "triplet"):
         trained = train_family(
-            Layout(kind, n), d, Schedule(steps=1500), seed=lab.seed, progress=lab.tick
+            Layout(kind, n), d, Schedule(steps=1500, clip=50), seed=lab.seed, progress=lab.tick
         ).model
         risks[kind] = lab.risk(trained)
         inside = squared_gradient(trained, preset.gradient_prompts, seed=lab.seed + 2)
@@ -757,7 +757,10 @@ def ladder(lab: _Lab) -> Section:
 
 
 def free_matrices(lab: _Lab) -> Section:
-    """Do free d by d matrices A, B and C end as multiples of the identity?"""
+    """Do free d by d matrices A, B and C end as multiples of the identity?
+
+    They start at half the identity plus noise of standard deviation .1.
+    """
     d, n = lab.preset.d, lab.preset.n
     model = train_weights(
         Layout("pair", n), 2, d, Schedule(steps=2000, penalty=3e-4), seed=lab.seed,

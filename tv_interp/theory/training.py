@@ -42,7 +42,8 @@ class Schedule:
         steps: Updates.
         rate: Learning rate.
         batch: Prompts of a batch; losses in closed form have none.
-        clip: Largest norm of the gradient.
+        clip: Largest norm of the gradient. Losses have heavy tails: a small clip steadies training
+            and moves its end away from the critical point.
         warm_up: Updates until the full rate.
         constant: Share of the updates before the rate falls.
         penalty: Times the sum of squares of the penalised tensors, added to the loss.
