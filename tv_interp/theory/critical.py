@@ -7,7 +7,7 @@ mean inner product of the gradients of two different batches, which may come out
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -41,19 +41,15 @@ def squared_gradient(
         batches: Independent batches.
     """
     generator = torch.Generator().manual_seed(seed)
-    opened = _copy(model)
-    for layer in opened.layers:
-        for tensor in _tensors(layer):
-            tensor.requires_grad_(True)
+    opened = model.map(lambda t: t.clone().requires_grad_())
+    tensors: list[Tensor] = []
+    opened.map(lambda t: tensors.append(t) or t)
     gradients = []
     for _ in range(batches):
         loss = prompt_losses(opened, n_prompts // batches, generator, tasks="orthogonal").mean()
-        parts = iter(torch.autograd.grad(loss, [t for x in opened.layers for t in _tensors(x)]))
-        of_layers = [
-            Layer(*(None if t is None else next(parts) for t in (x.v, x.q, x.d)))  # type: ignore[arg-type]
-            for x in opened.layers
-        ]
-        weights = [w.flatten() for layer in of_layers for w in _weights(layer, model.d)]
+        parts = iter(torch.autograd.grad(loss, tensors))
+        by_layer = model.map(lambda _, parts=parts: next(parts)).layers
+        weights = [w.flatten() for layer in by_layer for w in _weights(layer, model.d)]
         gradients.append(torch.cat(weights))
     return _cross(torch.stack(gradients))
 
@@ -67,24 +63,12 @@ def perturb(model: LinearTransformer, size: float, *, seed: int) -> LinearTransf
         seed: Decides the noise.
     """
     generator = torch.Generator().manual_seed(seed)
-    out = _copy(model)
+    out = model.map(torch.clone)
     for layer in out.layers:
         for weight in _weights(layer, model.d):
             noise = torch.randn(weight.shape, generator=generator, dtype=weight.dtype)
             weight += size * weight.norm() * noise / noise.norm()
     return out
-
-
-def _copy(model: LinearTransformer) -> LinearTransformer:
-    layers = (
-        Layer(*(None if t is None else t.clone() for t in (x.v, x.q, x.d)))  # type: ignore[arg-type]
-        for x in model.layers
-    )
-    return replace(model, layers=tuple(layers))
-
-
-def _tensors(layer: Layer) -> list[Tensor]:
-    return [t for t in (layer.v, layer.q, layer.d) if t is not None]
 
 
 def _weights(layer: Layer, d: int) -> list[Tensor]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..errors import unknown
 from ..scores import Scores
 from .closed_forms import (
+    Moments,
     arrow_share,
     best_dropout_risk,
     dropout_risk,
@@ -128,7 +129,7 @@ FULL = (
 )  # fmt: skip
 PRESETS = {
     "quick": Preset(
-        d=3, n=7, keep=0.8, n_prompts=30_000, n_tasks=400, population=1500, sampled=500,
+        d=3, n=7, keep=0.8, n_prompts=30_000, n_tasks=400, population=1200, sampled=500,
         demos=(2, 6), keeps=(0.6, 0.8), family_demos=4, gradient_prompts=32_768,
         ladder=("linear", "+ softmax"), ladder_steps=400, redundancy_seeds=1, sections=QUICK,
     ),
@@ -258,9 +259,13 @@ def prompt_formats(lab: _Lab) -> Section:
             models[kind] = trained.model
         models["inseparable"] = inseparable_model(n, d)
         risks = [
-            estimate_risk(model, preset.n_prompts, seed=lab.seed + 1, tasks=tasks)[0]
-            for (kind, model) in models.items()
-            for tasks in (["orthogonal"] if kind == "inseparable" else ["identity"])
+            estimate_risk(
+                model,
+                preset.n_prompts,
+                seed=lab.seed + 1,
+                tasks="orthogonal" if kind == "inseparable" else "identity",
+            )[0]
+            for kind, model in models.items()
         ]
         rows.append([*risks, expected])
         checks += [
@@ -333,7 +338,7 @@ def dropout(lab: _Lab) -> Section:
     arrows = read_arrows(_positions(triplet), triplet.layout)
     risks = {model.layout.kind: lab.risk(model, dropped) for model in (pair, triplet)}
     best = {k: best_dropout_risk(n, d, keep, len(Layout(k, n).slots)) for k in risks}  # type: ignore[arg-type]
-    emptied, _ = ablated(triplet, dropped)
+    emptied = lab.risk(empty_arrows(triplet, dropped), dropped)
     checks = [
         Check("S_P distance, pair", _distance(pair), "below", 0.01, 0.0),
         Check("S_P distance, triplet", _distance(triplet), "below", 0.01, 0.0),
@@ -398,20 +403,13 @@ def share_of_arrows(model: LinearTransformer) -> float:
     return float(by_slot[at_arrow].sum() / by_slot.sum())
 
 
-def ablated(model: LinearTransformer, dropped: Dropout) -> tuple[float, LinearTransformer]:
-    """Empty the arrows of a two-layer model and rescale the rest as well as can be.
-
-    Returns:
-        risk/d in closed form, and the model.
-    """
+def empty_arrows(model: LinearTransformer, dropped: Dropout) -> LinearTransformer:
+    """Empty the arrows of a two-layer model, and scale the rest as well as can be."""
     layout = model.layout
     positions = _positions(model).clone()
     positions[:, layout.arrow] = 0
-    moments = mixing_moments(
-        *mix_of(two_layers(layout, model.d, positions, 1.0))[::-1], model.d, dropped
-    )
-    rate = -layout.n * float(moments.trace / moments.square)
-    return float(dropout_risk(moments, model.d)), two_layers(layout, model.d, positions, rate)
+    trace, square = _moments(two_layers(layout, model.d, positions, 1.0), dropped)
+    return two_layers(layout, model.d, positions, -layout.n * float(trace / square))
 
 
 def _risk_by_keep(lab: _Lab) -> xr.DataArray:
@@ -426,7 +424,7 @@ def _risk_by_keep(lab: _Lab) -> xr.DataArray:
                 best_dropout_risk(n, d, keep, len(model.layout.slots)),
             ]
             if kind == "triplet":
-                row.append(lab.risk(ablated(model, dropped)[1], dropped))
+                row.append(lab.risk(empty_arrows(model, dropped), dropped))
         rows.append(row)
     series = [
         "pair",
@@ -495,7 +493,7 @@ def redundancy(lab: _Lab) -> Section:
         "printed, p = .8": last(0.8, "printed"),
         "corrected, p = .8": last(0.8, "corrected"),
     }
-    order = {k: float(spearmanr(range(n), v)[0]) for k, v in causal.items()}
+    order = {k: float(spearmanr(range(n), v).statistic) for k, v in causal.items()}  # type: ignore[attr-defined]
     angles = np.linspace(0.1, np.pi - 0.1, 7)
     x = np.array([1.0, 0, 0, 0])
     gaps = [
@@ -845,10 +843,14 @@ def _distance(model: LinearTransformer) -> float:
 
 def _closed(model: LinearTransformer, dropped: Dropout) -> Tensor:
     """Compute the risk in closed form at the model's own rate."""
-    x, y = mix_of(model)
     scale = float(model.layers[1].v[-1, -1]) * float(_positions(model)[model.layout.query, -1])
     scale /= model.layout.n**2
-    return dropout_risk(mixing_moments(y, x, model.d, dropped), model.d, scale)
+    return dropout_risk(_moments(model, dropped), model.d, scale)
+
+
+def _moments(model: LinearTransformer, dropped: Dropout) -> Moments:
+    x, y = mix_of(model)
+    return mixing_moments(y, x, model.d, dropped)
 
 
 def _part(scores: Scores, part: str) -> float:

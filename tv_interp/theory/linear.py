@@ -14,8 +14,8 @@ has the second moments of a Gaussian W (``tasks="orthogonal"``).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -123,6 +123,12 @@ class Layer:
     q: Float[Tensor, "rows rows"] | None = None
     d: Float[Tensor, "source destination"] | None = None
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> Layer:
+        """Make a layer of what a function makes of v, then q, then d."""
+        v, q, d = (None if t is None else function(t) for t in (self.v, self.q, self.d))
+        assert v is not None
+        return Layer(v, q, d)
+
 
 @dataclass(frozen=True)
 class LinearTransformer:
@@ -140,6 +146,10 @@ class LinearTransformer:
     def d(self) -> int:
         """Dimension of x and y."""
         return self.layers[0].v.shape[0] // 2
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> LinearTransformer:
+        """Make a model of what a function makes of each layer's weights, in order."""
+        return replace(self, layers=tuple(layer.map(function) for layer in self.layers))
 
 
 @dataclass(frozen=True)

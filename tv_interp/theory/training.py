@@ -174,7 +174,7 @@ def train_sampled(
 
     losses = minimise(loss, parameters, schedule, penalised=penalised, progress=progress)
     final = {name: tensor.detach() for name, tensor in parameters.items()}
-    return Trained(_detached(build(final)), final, losses)
+    return Trained(build(final).map(torch.Tensor.detach), final, losses)
 
 
 def train_one_layer(
@@ -499,13 +499,3 @@ def _with_copy(positions: Tensor, layout: Layout) -> Tensor:
     positions = positions.clone()
     positions[layout.query, layout.end] += 1
     return positions
-
-
-def _detached(model: LinearTransformer) -> LinearTransformer:
-    return LinearTransformer(
-        model.layout,
-        tuple(
-            Layer(*(None if t is None else t.detach() for t in (layer.v, layer.q, layer.d)))
-            for layer in model.layers
-        ),
-    )
