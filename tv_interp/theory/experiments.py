@@ -129,7 +129,7 @@ FULL = (
 )  # fmt: skip
 PRESETS = {
     "quick": Preset(
-        d=3, n=7, keep=0.8, n_prompts=30_000, n_tasks=400, population=1200, sampled=500,
+        d=3, n=7, keep=0.8, n_prompts=30_000, n_tasks=400, population=1500, sampled=500,
         demos=(2, 6), keeps=(0.6, 0.8), family_demos=4, gradient_prompts=32_768,
         ladder=("linear", "+ softmax"), ladder_steps=400, redundancy_seeds=1, sections=QUICK,
     ),
