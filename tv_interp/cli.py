@@ -158,6 +158,40 @@ def vectors(
         print(f"\nWrote {names}", file=sys.stderr if json else sys.stdout)
 
 
+def linear(
+    preset: Literal["quick", "full"] = "full",
+    seed: int = 0,
+    out: str | None = None,
+    json: bool = False,
+) -> None:
+    """Measure what the theory of linear transformers predicts; exit 1 if a threshold is missed.
+
+    Args:
+        preset: full has every threshold and takes minutes; quick is smaller, under a minute.
+        seed: Decides initial weights, prompts, tasks and dropped tokens.
+        out: Directory for linear.json and linear.html.
+        json: Print JSON instead of a table.
+    """
+    import torch
+
+    from .files import make_directory
+    from .theory.experiments import run_linear
+
+    directory = make_directory(out) if out is not None else None
+    torch.set_num_threads(1)  # small matrices: more threads only wait for each other
+    report = run_linear(preset, seed=seed, progress="bar" if sys.stderr.isatty() else "none")
+    print(_dumps(report.to_dict()) if json else report)
+    if directory is not None:
+        from .show.linear import write_linear_page
+
+        written = report.save(directory), directory / "linear.html"
+        write_linear_page(written[1], report, command=_command())
+        names = ", ".join(map(str, written))
+        print(f"\nWrote {names}", file=sys.stderr if json else sys.stdout)
+    if not report.passed:
+        raise SystemExit(1)
+
+
 def tasks(family: str | None = None, json: bool = False) -> None:
     """List the tasks that ship with the package.
 
@@ -220,6 +254,7 @@ ABOUT = "Which attention heads carry a task through a prompt: who writes, who re
 COMMANDS: dict[str, Callable[..., None]] = {
     "heads": heads,
     "vectors": vectors,
+    "linear": linear,
     "tasks": tasks,
     "models": models,
 }

@@ -30,6 +30,10 @@ class ScoreError(TvInterpError):
     """Scores that cannot be computed, combined or normalised."""
 
 
+class TrainingError(TvInterpError):
+    """Training that diverged: the message has the step and the last finite loss."""
+
+
 class FileError(TvInterpError):
     """A file that cannot be read or written."""
 

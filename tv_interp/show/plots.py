@@ -636,17 +636,21 @@ class _Sheet:
 
         heading = textwrap.wrap(_text(title), 72)
         top = 14 + 20 * len(heading) + 34 * self.legend + 24 * bool(self.titles)
+        plot = self.rows * (self.height + _BETWEEN) - _BETWEEN
         layout = {
             "template": "none",
             "autosize": True,
-            "height": top + 60 + self.rows * (self.height + _BETWEEN) - _BETWEEN,
+            "height": top + 60 + plot,
             "margin": {"l": 60, "r": 20, "t": top, "b": 60},
             "title": {
                 "text": "<br>".join(heading), "font": {"size": 14}, "x": 0.01, "y": 0.99,
                 "yref": "container", "yanchor": "top",
             },
             "font": {"family": "system-ui, sans-serif", "size": 12, "color": "#222"},
-            "legend": {"orientation": "h", "y": 1.01, "yanchor": "bottom", "x": 0},
+            "legend": {
+                "orientation": "h", "yanchor": "bottom", "x": 0,
+                "y": round(1 + (4 + 20 * bool(self.titles)) / plot, 6),
+            },
             "modebar": {"remove": ["sendChartToCloud", "select2d", "lasso2d"]},
             "paper_bgcolor": "rgba(255,255,255,0)",
             "plot_bgcolor": "#b8bdc4" if gaps else "rgba(255,255,255,0)",
