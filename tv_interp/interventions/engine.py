@@ -44,7 +44,7 @@ alone, through ``of_tokens``."""
 Change = Patch | Cut
 CACHE = 8 * 2**20
 """Bytes of an MLP's hidden layer in one call on the CPU: more would fall out of its cache."""
-MOST_SLOTS = 128
+MOST_SLOTS = 64
 """Most tokens side by side in one call: each is offered the keys of all, and uses its own."""
 
 
