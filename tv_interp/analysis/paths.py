@@ -217,15 +217,17 @@ class _Messages:
         self, layer: int, messages: Sequence[Tensor], via: Via
     ) -> Float[Tensor, "row sender head d_head"]:
         """Compute a layer's z at the last token with each message in the inputs of ``via``."""
-        n, slots = len(messages) + 1, torch.isin(self.read_at, self.tokens)
+        slots = torch.isin(self.read_at, self.tokens)
+        blind = [
+            w for w in "qkv" if w not in via and (w != "q" or slots[-1])
+        ]  # q is read at the end
+        n = len(messages) + bool(blind)
         x = self.batch.tape.resid[layer][:, self.read_at.to(messages[0].device)]
         x = x[:, None].repeat(1, n, 1, 1)
-        x[:, :-1, slots.to(x.device)] += torch.stack(list(messages), 1)
-        edits: dict[HookName, Edit] = {
-            (what, layer): self._as_plain for what in "qkv" if what not in via
-        }
+        x[:, : len(messages), slots.to(x.device)] += torch.stack(list(messages), 1)
+        edits: dict[HookName, Edit] = {(what, layer): self._as_plain for what in blind}
         z = call_groups(self.batch, layer, x.flatten(1, 2), self.read_at, edits=edits, until="z")
-        return z.unflatten(1, (n, -1))[:, :-1, -1]
+        return z.unflatten(1, (n, -1))[:, : len(messages), -1]
 
     def _call(self, layer: int, x: Tensor, **how: Any) -> Tensor:
         return call_groups(self.batch, layer, x, self.tokens, **how)
