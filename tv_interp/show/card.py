@@ -124,7 +124,6 @@ def _card(name: str, directory: Path, rows: Sequence[dict[str, Any]]) -> str:
     config = json.loads((directory / "config.json").read_text("utf-8"))
     about = config["tv_interp"]
     recipe, shape = about["recipe"], about["shape"]
-    took = json.loads((directory / "training.json").read_text("utf-8"))
     curve = [json.loads(line) for line in (directory / "curve.jsonl").read_text().splitlines()]
     demos = sorted({row["n_demos"] for row in rows})
     table = [
@@ -192,10 +191,10 @@ def _card(name: str, directory: Path, rows: Sequence[dict[str, Any]]) -> str:
             "",
             *table,
             "",
-            "*Unseen label words* never named a class in training; they were inputs and answers of "
-            "look-up prompts. *Words never answered* were inputs of look-up prompts and nothing "
-            "else: a model that has learned never to say them is at 0, whatever it knows of the "
-            "rule.",
+            "*Unseen label words* never named a class in training; in look-up prompts they were "
+            "inputs and, where the script that made the model had it so, answers. *Words never "
+            "answered* were inputs of look-up prompts and nothing else: a model that has learned "
+            "never to say them is at 0, whatever it knows of the rule.",
             "",
             "*Typed*: the answer alone tells the relation. *Shared answers*: another relation has "
             "the same inputs and the same answers, so only the pair tells (France-Paris is the "
@@ -203,8 +202,7 @@ def _card(name: str, directory: Path, rows: Sequence[dict[str, Any]]) -> str:
             "",
             "## Training",
             "",
-            f"`python -m tv_interp.models.reference.train --preset {about['preset']} --seed "
-            f"{about['seed']} --out DIR` took {took['minutes']:g} minutes on {took['machine']}, "
+            f"{_made(directory, about)}, "
             f"with torch {about['torch']}. Muon {recipe['muon_lr']:g} on matrices, AdamW "
             f"{recipe['adam_lr']:g} on the rest, from {recipe['decay_from']:.0%} of the steps on "
             "falling to 2 %. Families by weight:",
@@ -216,6 +214,16 @@ def _card(name: str, directory: Path, rows: Sequence[dict[str, Any]]) -> str:
             *learning,
             "",
         ]
+    )
+
+
+def _made(directory: Path, about: dict[str, Any]) -> str:
+    if "made_by" in about:
+        return f"By the training script of {about['made_by']}. Seed {about['seed']}"
+    took = json.loads((directory / "training.json").read_text("utf-8"))
+    return (
+        f"`python -m tv_interp.models.reference.train --preset {about['preset']} --seed "
+        f"{about['seed']} --out DIR` took {took['minutes']:g} minutes on {took['machine']}"
     )
 
 
