@@ -28,7 +28,8 @@ from tv_interp.prompts.tasks.words import (
 )
 from tv_interp.show.card import measure_accuracy
 
-SHIPPED = ("reference", "reference-words")
+PREWIRED = ("reference", "reference-words")
+SHIPPED = (*PREWIRED, "reference-natural")
 each_shipped = pytest.mark.parametrize("name", SHIPPED)
 
 
@@ -67,7 +68,7 @@ def test_the_card_says_what_the_shipped_weights_do(name):
         assert row["lo"] <= there["hi"] + 0.02 and there["lo"] <= row["hi"] + 0.02, (row, there)
 
 
-@each_shipped
+@pytest.mark.parametrize("name", PREWIRED)
 def test_it_solves_what_it_was_made_for(name):
     told = {at: row["accuracy"] for at, row in card(name).items()}
     assert min(told["knowledge, typed", n] for n in (2, 4, 8)) >= 0.98
@@ -78,9 +79,19 @@ def test_it_solves_what_it_was_made_for(name):
         assert 0.4 < told[task, 1] < 0.6
 
 
+def test_a_start_without_planted_heads_leads_to_look_up_and_categories():
+    about = json.loads((reference_directory("reference-natural") / "config.json").read_text())
+    assert about["tv_interp"]["recipe"]["prewired"] == {}
+    told = {at: row["accuracy"] for at, row in card("reference-natural").items()}
+    assert told["look-up", 8] >= 0.95 and told["knowledge, typed", 4] >= 0.98
+    assert told["digit", 8] > 0.7 and told["simple-string", 8] > 0.7
+
+
 def test_unseen_label_words_are_answered_where_training_looked_them_up():
     for task in ("simple-string", "digit", "2d-data"):
-        told = {name: card(name)[f"{task}, unseen label words", 10]["accuracy"] for name in SHIPPED}
+        told = {
+            name: card(name)[f"{task}, unseen label words", 10]["accuracy"] for name in PREWIRED
+        }
         seen = card("reference-words")[task, 10]["accuracy"]
         assert told["reference-words"] > seen - 0.05 and told["reference"] < 0.1
 

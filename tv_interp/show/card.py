@@ -143,6 +143,13 @@ def _card(name: str, directory: Path, rows: Sequence[dict[str, Any]]) -> str:
         + "."
         if wired
         else "No head was pre-wired: every weight started at random."
+        + (
+            " In all heads alike, keys started correlated with queries "
+            f"({recipe['likeness']:g}), and all embeddings with a shared direction of length "
+            f"{recipe['mean']:g} (their own part: .5)."
+            if recipe["likeness"]
+            else ""
+        )
     )
     steps = [row for i, row in enumerate(curve) if i % max(1, len(curve) // 10) == 0]
     if curve and curve[-1] not in steps:
@@ -155,7 +162,7 @@ def _card(name: str, directory: Path, rows: Sequence[dict[str, Any]]) -> str:
     ]
     phases = [
         f"{i}. {phase['steps']} steps of {phase['batch']} sequences of {phase['length']} tokens, "
-        f"{_dropped(recipe['drop'], phase['dropout'])}: "
+        f"{_dropped(recipe['drop'], phase['dropout'])}{_restricted(phase['n_words'])}: "
         + ", ".join(f"{family} {weight:g}" for family, weight in phase["mix"].items())
         for i, phase in enumerate(recipe["phases"], 1)
     ]
@@ -209,12 +216,16 @@ def _card(name: str, directory: Path, rows: Sequence[dict[str, Any]]) -> str:
             "",
             *phases,
             "",
-            "Accuracy while training (8 demonstrations, about 48 prompts a cell, so ±.14):",
+            "Accuracy while training (4 or 8 demonstrations, about 48 prompts a cell, so ±.14):",
             "",
             *learning,
             "",
         ]
     )
+
+
+def _restricted(n_words: int | None) -> str:
+    return f", label words up to {n_words} at its end" if n_words else ""
 
 
 def _made(directory: Path, about: dict[str, Any]) -> str:

@@ -135,12 +135,13 @@ def _presets() -> dict[str, Recipe]:
     natural = Recipe(
         phases=(
             Phase(400, 10, FEW_KEYS, batch=96, n_words=12),
-            Phase(500, 16, FEW_KEYS, batch=64, n_words=12),
-            Phase(800, 16, FEW_KEYS, batch=64, n_words=195),
-            Phase(600, 32, LOOK_UP_FIRST),
-            Phase(1_800, 64, BALANCED, dropout=0.1),
-            Phase(300, 96, BALANCED, dropout=0.1),
+            Phase(300, 16, FEW_KEYS, batch=64, n_words=12),
+            Phase(100, 32, FEW_KEYS, n_words=12),
+            Phase(1_000, 32, FEW_KEYS, n_words=195),
+            Phase(1_200, 32, FEW_KEYS),
+            Phase(1_300, 64, BALANCED, batch=24, dropout=0.1),
         ),
+        decay_from=0.85,
         mean=0.3,
         likeness=0.5,
     )
