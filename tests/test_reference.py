@@ -4,106 +4,357 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import time
+from dataclasses import asdict, replace
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 
 import tv_interp as tv
 from tv_interp.models.load import reference_directory
-from tv_interp.models.reference.train import train
+from tv_interp.models.reference.data import Sequences
+from tv_interp.models.reference.network import Block, Network, Shape, _half
+from tv_interp.models.reference.train import PRESETS, Phase, Recipe, _loss, train
+from tv_interp.models.reference.vocabulary import SEPARATOR, word_ids, words
+from tv_interp.prompts.tasks.words import (
+    held_out_label_words,
+    label_words,
+    unanswered_label_words,
+)
 from tv_interp.show.card import measure_accuracy
 
+PREWIRED = ("reference", "reference-words")
+SHIPPED = (*PREWIRED, "reference-natural")
+each_shipped = pytest.mark.parametrize("name", SHIPPED)
+
 
 @cache
-def reference():
-    return tv.load_model("reference")
+def shipped(name: str):
+    return tv.load_model(name)
 
 
 @cache
-def card():
-    return json.loads((reference_directory("reference") / "accuracy.json").read_text("utf-8"))
+def card(name: str) -> dict[tuple[str, int], dict]:
+    rows = json.loads((reference_directory(name) / "accuracy.json").read_text("utf-8"))
+    return {(row["family"], row["n_demos"]): row for row in rows}
 
 
-def test_it_is_small_and_brings_its_own_template():
-    files = list(reference_directory("reference").iterdir())
-    assert sum(f.stat().st_size for f in files) < 20e6
-    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= {
-        f.name for f in files
-    }
-    prompts = tv.make_prompts(reference(), "country-capital", n_demos=2, n_prompts=3)
+def test_these_models_ship():
+    assert {path.name for path in reference_directory("reference").parent.iterdir()} == {*SHIPPED}
+
+
+@each_shipped
+def test_it_is_small_and_brings_its_own_template(name):
+    directory = reference_directory(name)
+    assert (directory / "model.safetensors").stat().st_size < 4e6
+    assert sum(f.stat().st_size for f in directory.rglob("*") if f.is_file()) < 20e6
+    assert {"config.json", "tokenizer.json", "README.md"} <= {f.name for f in directory.iterdir()}
+    prompts = tv.make_prompts(shipped(name), "country-capital", n_demos=2, n_prompts=3)
     assert prompts.template == "{x} is {y} "
     assert prompts.prepend_bos and int(prompts.lengths.max()) == 9
 
 
-def test_the_card_says_what_the_shipped_weights_do():
+@each_shipped
+def test_the_card_says_what_the_shipped_weights_do(name):
     """Small fresh samples fall within the card's intervals widened by their own."""
-    fresh = measure_accuracy(reference(), n_prompts=100, demos=(4, 8), seed=99)
-    told = {(row["family"], row["n_demos"]): row for row in card()}
+    fresh = measure_accuracy(shipped(name), n_prompts=100, demos=(4, 8), seed=99)
     for row in fresh:
-        there = told[row["family"], row["n_demos"]]
+        there = card(name)[row["family"], row["n_demos"]]
         assert row["lo"] <= there["hi"] + 0.02 and there["lo"] <= row["hi"] + 0.02, (row, there)
 
 
-def test_it_solves_what_it_was_made_for():
-    told = {(row["family"], row["n_demos"]): row["accuracy"] for row in card()}
-    knowledge = ("knowledge, typed", "knowledge, shared answers")
-    assert told[knowledge[0], 4] >= 0.95
-    tasks = [told[name, 8] for name in ("simple-string", "digit", "2d-data")]
-    assert sorted(tasks)[1] >= 0.85
+@pytest.mark.parametrize("name", PREWIRED)
+def test_it_solves_what_it_was_made_for(name):
+    told = {at: row["accuracy"] for at, row in card(name).items()}
+    assert min(told["knowledge, typed", n] for n in (2, 4, 8)) >= 0.98
+    assert told["knowledge, shared answers", 6] >= 0.9 and told["bijections", 6] >= 0.95
+    tasks = [told[task, 10] for task in ("simple-string", "digit", "2d-data")]
+    assert min(tasks) >= 0.85 and max(tasks) >= 0.95
+    for task in ("simple-string", "digit", "2d-data"):
+        assert 0.4 < told[task, 1] < 0.6
 
 
-def test_it_loads_alike_in_every_class():
+def test_a_start_without_planted_heads_leads_to_look_up_and_categories():
+    about = json.loads((reference_directory("reference-natural") / "config.json").read_text())
+    assert about["tv_interp"]["recipe"]["prewired"] == {}
+    told = {at: row["accuracy"] for at, row in card("reference-natural").items()}
+    assert told["look-up", 8] >= 0.95 and told["knowledge, typed", 4] >= 0.98
+    assert told["digit", 8] > 0.7 and told["simple-string", 8] > 0.7
+
+
+def test_unseen_label_words_are_answered_where_training_looked_them_up():
+    for task in ("simple-string", "digit", "2d-data"):
+        told = {
+            name: card(name)[f"{task}, unseen label words", 10]["accuracy"] for name in PREWIRED
+        }
+        seen = card("reference-words")[task, 10]["accuracy"]
+        assert told["reference-words"] > seen - 0.05 and told["reference"] < 0.1
+
+
+def test_the_shipped_recipe_is_that_of_its_preset():
+    config = json.loads((reference_directory("reference-words") / "config.json").read_text())
+    made = config["tv_interp"]
+    assert made["recipe"] == json.loads(json.dumps(asdict(PRESETS[made["preset"]])))
+    places = sorted((reference_directory("reference-words") / "over_training").iterdir())
+    first, last = (tv.load_model(str(place)) for place in (places[0], places[-1]))
+    early = measure_accuracy(first, n_prompts=60, demos=(4,))
+    late = measure_accuracy(last, n_prompts=60, demos=(4,))
+    learned = {
+        row["family"]: row["accuracy"] - e["accuracy"] for e, row in zip(early, late, strict=True)
+    }
+    assert learned["look-up"] > 0.8 and learned["digit"] > 0.3
+
+
+@each_shipped
+def test_it_loads_alike_in_every_class(name):
     from transformers import AutoModelForCausalLM
 
-    prompts = tv.make_prompts(reference(), "digit", n_demos=4, n_prompts=6)
+    prompts = tv.make_prompts(shipped(name), "digit", n_demos=4, n_prompts=6)
     (_, tokens), *_ = prompts.buckets()
-    plain = AutoModelForCausalLM.from_pretrained(reference_directory("reference"))
+    plain = AutoModelForCausalLM.from_pretrained(reference_directory(name))
     with torch.no_grad():
         expected = plain(tokens).logits
         for backend in ("auto", "bridge"):
-            logits = tv.load_model("reference", backend=backend)(tokens)
-            torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-5)
+            logits = tv.load_model(name, backend=backend)(tokens)
+            torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
 
 
 def command(out, *more: str) -> list[str]:
     module = "tv_interp.models.reference.train"
     return [
         *(sys.executable, "-m", module, "--preset", "tiny", "--out", str(out)),
-        *("--checkpoint_every", "20", *more),
+        *("--checkpoint_every", "10", *more),
     ]
 
 
-def test_a_killed_training_goes_on_to_the_same_weights(tmp_path):
+def files_of(directory) -> dict[str, bytes]:
+    """Everything a run wrote, but what it took."""
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.name != "training.json"
+    }
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("trained")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
-    process = subprocess.Popen(command(killed), env=environment, stdout=subprocess.DEVNULL)
-    while not (killed / "checkpoint.pt").exists() and process.poll() is None:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (killed / "model.safetensors").exists()
-    for out in (killed, whole):
-        subprocess.run(command(out), env=environment, stdout=subprocess.DEVNULL, check=True)
-    for name in ("model.safetensors", "curve.jsonl", "config.json"):
-        assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
-    assert not (whole / "checkpoint.pt").exists()
-    model = tv.load_model(str(whole))
-    assert len(tv.make_prompts(model, "digit", n_demos=2, n_prompts=2)) == 2
+    subprocess.run(command(out), env=environment, stdout=subprocess.DEVNULL, check=True)
+    return out
+
+
+def test_a_killed_training_goes_on_to_the_same_weights(tmp_path, trained):
+    """Killed twice: at the first checkpoint, and once a third of the run is done."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for at in (10, 20):
+        process = subprocess.Popen(
+            command(tmp_path), env=environment, stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        while f"{at}/60" not in process.stdout.readline():
+            assert process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        assert (tmp_path / "checkpoint.pt").exists()
+        assert not (tmp_path / "model.safetensors").exists()
+    subprocess.run(command(tmp_path), env=environment, stdout=subprocess.DEVNULL, check=True)
+    killed, whole = files_of(tmp_path), files_of(trained)
+    assert killed.keys() == whole.keys() and "checkpoint.pt" not in whole
+    assert [name for name in whole if killed[name] != whole[name]] == []
+
+
+def test_the_seed_decides_weights_batches_and_dropout():
+    recipe = PRESETS["tiny"]
+    sequences = {p.length: Sequences(p.length) for p in recipe.phases}
+
+    def loss(seed: int) -> float:
+        network = Network(Shape(vocab=len(words()), layers=2), seed=0)
+        return _loss(network, network, sequences, recipe, seed, 59).item()
+
+    assert loss(0) == loss(0) != loss(1)
+    first, again, other = (Network(Shape(vocab=9), seed=s).embed_tokens.weight for s in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_label_words_and_dropout_grow_from_phase_to_phase():
+    recipe = Recipe(
+        phases=(
+            Phase(10, 10, {}, n_words=12),
+            Phase(10, 16, {}, n_words=48, dropout=0.2),
+            Phase(10, 32, {}, dropout=0.1),
+        )
+    )
+    at = [recipe.at(step) for step in (0, 9, 10, 15, 19, 20, 29)]
+    assert [phase.length for phase, _, _ in at] == [10, 10, 16, 16, 16, 32, 32]
+    assert [round(dropout, 3) for _, dropout, _ in at] == [0, 0, 0, 0.2, 0.2, 0.2, 0.1]
+    assert [n for _, _, n in at] == [12, 12, 12, 24, 42, None, None]
+    batch = Sequences(32).batch(np.random.default_rng(0), 200, {"lookup": 1, "digit": 1}, 12)
+    assert set(batch.target.tolist()) == {word_ids()[word] for word in label_words()[:12]}
+
+
+def test_heads_that_lean_look_nearby_and_at_what_is_alike():
+    network = Network(Shape(vocab=len(words()), layers=1), seed=0)
+    network.lean(mean=0.5, likeness=0.7)
+    block = network.layers[0]
+    assert isinstance(block, Block)
+    tokens = torch.arange(10, 42)
+    tokens[5] = tokens[31]
+    x = block.input_layernorm(network.embed_tokens(tokens))
+    q, k = (
+        f(x).view(32, 4, -1).transpose(0, 1)
+        for f in (block.self_attn.q_proj, block.self_attn.k_proj)
+    )
+    q, k = (v * network.cos[:32] + _half(v) * network.sin[:32] for v in (q, k))
+    scores = (q @ k.mT).mean(0)  # over heads
+    assert scores[31, 5] > scores[31, :28].mean() + scores[31, :28].std()
+    near, far = (torch.cat([scores.diagonal(-d) for d in ds]) for ds in ((1, 2, 3), range(12, 28)))
+    assert near.mean() > far.mean() + 0.5
+
+
+def test_training_leaves_models_to_watch_it_by(trained):
+    places = sorted((trained / "over_training").iterdir())
+    steps = [int(place.name) for place in places]
+    assert len(steps) == 12 and steps[0] < 5 and steps[-1] == 60
+    assert steps[1] - steps[0] < steps[-1] - steps[-2]
+    sizes = [(place / "model.safetensors").stat().st_size for place in places]
+    assert max(sizes) < 0.51 * (trained / "model.safetensors").stat().st_size
+    last, final = tv.load_model(str(places[-1])), tv.load_model(str(trained))
+    prompts = tv.make_prompts(final, "digit", n_demos=2, n_prompts=2)
+    assert prompts.template == "{x} is {y} "
+    with torch.no_grad():
+        torch.testing.assert_close(last(prompts.tokens), final(prompts.tokens), atol=0.1, rtol=0)
+
+
+def test_training_says_what_it_took(trained):
+    took = json.loads((trained / "training.json").read_text())
+    assert 0 < took["minutes"] < 10 and "1 threads" in took["machine"]
+    curve = [json.loads(row) for row in (trained / "curve.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in curve] == [10, 20, 30, 40, 50, 60]
+    assert curve[0]["loss"] > curve[-1]["loss"] and 0 <= curve[-1]["digit"] <= 1
+
+
+def test_presets_differ_in_one_thing():
+    base = asdict(PRESETS["base"])
+    differs = {
+        name: [key for key, value in asdict(recipe).items() if value != base[key]]
+        for name, recipe in PRESETS.items()
+    }
+    assert differs["base-nodropout"] == differs["base-tokendropout"] == ["drop"]
+    assert differs["base-separator"] == ["separator"]
+
+
+def test_dropout_drops_what_its_preset_says():
+    """A dropped column is the zero vector for every later block, a dropped head for none."""
+    network = Network(Shape(vocab=len(words()), layers=2), seed=0)
+    tokens = torch.arange(4, 10)[None]
+    heads, columns = network.nothing_dropped(1, 6)
+    whole = network(tokens, heads, columns)
+    columns[0, 0, 2] = 0.0
+    without = network(tokens, heads, columns)
+    assert torch.equal(whole[0, :2], without[0, :2])
+    assert not torch.isclose(whole[0, 2:], without[0, 2:]).all(-1).any()
+    tokens[0, 2] = 50  # what was dropped at position 2 no longer depends on its token there
+    torch.testing.assert_close(network(tokens, heads, columns)[0, 2], without[0, 2])
+    drawn = {}
+    for drop in ("heads", "columns", "nothing"):
+        recipe = replace(PRESETS["tiny"], drop=drop)
+
+        def forward(tokens, heads, columns, drop=drop):
+            drawn[drop] = (heads == 0).float().mean(), (columns == 0).float().mean()
+            return network(tokens, heads, columns)
+
+        lengths = {p.length: Sequences(p.length) for p in recipe.phases}
+        for step in (0, recipe.steps - 1):
+            _loss(forward, network, lengths, recipe, 0, step)
+            if step == 0:
+                assert drawn[drop] == (0, 0)
+    assert drawn["heads"][0] > 0 == drawn["heads"][1]
+    assert drawn["columns"][1] > 0 == drawn["columns"][0]
+    assert drawn["nothing"] == (0, 0)
+
+
+def test_a_separator_stands_after_every_answer():
+    ids = word_ids()
+    rng = np.random.default_rng(0)
+    batch = Sequences(32, SEPARATOR).batch(rng, 16, {"typed": 1.0, "digit": 1.0})
+    for row, position, target in zip(batch.row, batch.position, batch.target, strict=True):
+        after = batch.tokens[row, position : position + 3].tolist()
+        assert after == [ids["is"], target, ids[SEPARATOR]]
+
+
+def test_held_out_label_words_never_name_a_class_and_some_never_answer():
+    ids, rng = word_ids(), np.random.default_rng(0)
+    sequences = Sequences(64)
+    held_out = {ids[w] for w in held_out_label_words()}
+    never = {ids[w] for w in unanswered_label_words()}
+    assert never < held_out and len(held_out - never) >= 8 <= len(never)
+    for families, allowed in (
+        (("simple-string", "digit", "2d-data"), set()),
+        (("lookup",), held_out - never),
+    ):
+        batch = sequences.batch(rng, 400, dict.fromkeys(families, 1.0))
+        assert held_out & set(batch.target.tolist()) == allowed
+    assert held_out <= set(batch.tokens.ravel().tolist())
+
+
+def test_no_file_is_left_half_written_when_the_disk_is_full(tmp_path):
+    """A limit on the size of files stands for the disk: writing past it fails in the same way."""
+    limited = "import resource as r; r.setrlimit(r.RLIMIT_FSIZE, (100_000, 100_000)); "
+    run = (
+        f"from tv_interp.models.reference.train import train; train('tiny', out={str(tmp_path)!r})"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", limited + run],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode and "FileError: cannot write" in process.stderr.splitlines()[-1]
+    assert "File too large" in process.stderr.splitlines()[-1]
+    whole = {"config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert {p.name for p in tmp_path.rglob("*") if p.is_file()} <= whole
 
 
 def test_bad_input_to_training_is_one_clear_error(tmp_path):
     with pytest.raises(tv.TvInterpError, match="unknown preset 'bse': did you mean 'base'"):
         train("bse", out=str(tmp_path))
-    (tmp_path / "checkpoint.pt").write_bytes(b"not a checkpoint")
-    with pytest.raises(tv.TvInterpError, match="cannot read .*checkpoint.pt: delete it"):
-        train("tiny", out=str(tmp_path))
     (tmp_path / "file").write_text("")
     with pytest.raises(
         tv.TvInterpError, match="cannot write to directory .* name another directory"
     ):
         train("tiny", out=str(tmp_path / "file" / "out"))
+    for content in (b"not a checkpoint", b""):
+        (tmp_path / "checkpoint.pt").write_bytes(content)
+        with pytest.raises(tv.TvInterpError, match="cannot read .*checkpoint.pt: delete it"):
+            train("tiny", out=str(tmp_path))
+    torch.save({"identity": "another"}, tmp_path / "checkpoint.pt")
+    with pytest.raises(tv.TvInterpError, match="belongs to a run with another preset, seed"):
+        train("tiny", out=str(tmp_path))
+    command = [sys.executable, "-m", "tv_interp.models.reference.train", "--preset", "bse"]
+    process = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True)
+    assert process.returncode == 2 and process.stderr.count("\n") == 1
+    assert process.stderr.startswith("error: unknown preset 'bse'")
+
+
+def test_damaged_weights_and_foreign_tokenizers_are_refused(tmp_path, trained):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(trained, damaged, ignore=shutil.ignore_patterns("over_training"))
+    weights = (trained / "model.safetensors").read_bytes()
+    for broken in (weights[: len(weights) // 2], b"\xff" * 64 + weights[64:]):
+        (damaged / "model.safetensors").write_bytes(broken)
+        with pytest.raises(tv.TvInterpError, match="model.safetensors is truncated or corrupt"):
+            tv.load_model(str(damaged))
+    (damaged / "model.safetensors").write_bytes(weights)
+    tokenizer = json.loads((damaged / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["one word more"] = len(vocabulary)
+    (damaged / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(tv.TvInterpError, match="the two belong to different models"):
+        tv.load_model(str(damaged))

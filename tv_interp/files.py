@@ -56,3 +56,13 @@ def make_directory(path: str | os.PathLike) -> Path:
     if not os.access(directory, os.W_OK):
         raise FileError(f"cannot write to directory {str(path)!r}: permission denied; name another")
     return directory
+
+
+def write_bytes(path: str | os.PathLike, content: bytes) -> None:
+    """Write bytes, whole or not at all: libraries that write by themselves hide what went wrong.
+
+    Raises:
+        FileError: if they cannot be written.
+    """
+    with whole_file(path) as partial:
+        partial.write_bytes(content)

@@ -21,7 +21,7 @@ from ..models.load import load_model, reference_directory
 from ..prompts import Task, get_task, list_tasks, make_prompts
 from ..prompts.tasks.categorization import Categorization
 from ..prompts.tasks.knowledge import SHARED
-from ..prompts.tasks.words import held_out_label_words
+from ..prompts.tasks.words import held_out_label_words, unanswered_label_words
 from ..scores.metrics import METRICS, Targets
 
 DEMOS = (0, 1, 2, 4, 6, 8, 10)
@@ -41,7 +41,10 @@ def families() -> dict[str, list[Task]]:
         assert isinstance(task, Categorization)
         task = task.with_queries("held_out")
         out[name] = [task]
-        out[f"{name}, unseen label words"] = [task.with_labels(held_out_label_words())]
+        never = unanswered_label_words()
+        looked_up = [word for word in held_out_label_words() if word not in never]
+        out[f"{name}, unseen label words"] = [task.with_labels(looked_up)]
+        out[f"{name}, words never answered"] = [task.with_labels(never)]
     return out
 
 
@@ -132,7 +135,7 @@ def _card(name: str, directory: Path, rows: Sequence[dict[str, Any]]) -> str:
         shown = (f"{cells[n]['accuracy']:.2f}" for n in demos)
         table.append(f"| {family} | " + " | ".join(shown) + " |")
     widest = max(row["hi"] - row["lo"] for row in rows) / 2
-    wired = recipe["prewired"]
+    wired, separator = recipe["prewired"], recipe["separator"]
     start = (
         "These heads **started** as previous-token heads (an initialisation, freely trained "
         "afterwards), so a search for writers may find just these: "
@@ -140,6 +143,13 @@ def _card(name: str, directory: Path, rows: Sequence[dict[str, Any]]) -> str:
         + "."
         if wired
         else "No head was pre-wired: every weight started at random."
+        + (
+            " In all heads alike, keys started correlated with queries "
+            f"({recipe['likeness']:g}), and all embeddings with a shared direction of length "
+            f"{recipe['mean']:g} (their own part: .5)."
+            if recipe["likeness"]
+            else ""
+        )
     )
     steps = [row for i, row in enumerate(curve) if i % max(1, len(curve) // 10) == 0]
     if curve and curve[-1] not in steps:
@@ -150,7 +160,12 @@ def _card(name: str, directory: Path, rows: Sequence[dict[str, Any]]) -> str:
         "|---|" + "---|" * len(kinds),
         *(f"| {r['step']} | " + " | ".join(f"{r[k]:.2f}" for k in kinds) + " |" for r in steps),
     ]
-    mix = ", ".join(f"{k} {v:g}" for k, v in recipe["mix"].items())
+    phases = [
+        f"{i}. {phase['steps']} steps of {phase['batch']} sequences of {phase['length']} tokens, "
+        f"{_dropped(recipe['drop'], phase['dropout'])}{_restricted(phase['n_words'])}: "
+        + ", ".join(f"{family} {weight:g}" for family, weight in phase["mix"].items())
+        for i, phase in enumerate(recipe["phases"], 1)
+    ]
     return "\n".join(
         [
             f"# {name}",
@@ -160,8 +175,13 @@ def _card(name: str, directory: Path, rows: Sequence[dict[str, Any]]) -> str:
             "",
             f"{shape['layers']} layers, {shape['heads']} heads, d_model {shape['width']}, gated "
             f"MLP of {shape['hidden']}, rotary positions, tied embeddings, {shape['vocab']} "
-            "tokens, in the Llama layout. Prompts are `<bos> x is y x is y ... x is`, without a "
-            "separator.",
+            "tokens, in the Llama layout. Prompts are "
+            + (
+                f"`<bos> x is y {separator} x is y {separator} ... x is`, with a constant "
+                "separator after every answer."
+                if separator
+                else "`<bos> x is y x is y ... x is`, without a separator."
+            ),
             "",
             "## What was planted",
             "",
@@ -178,8 +198,10 @@ def _card(name: str, directory: Path, rows: Sequence[dict[str, Any]]) -> str:
             "",
             *table,
             "",
-            "*Unseen label words* stood in training as inputs, never as answers: a model that has "
-            "not learned to answer with them is at 0, whatever it knows of the rule.",
+            "*Unseen label words* never named a class in training; in look-up prompts they were "
+            "inputs and, where the script that made the model had it so, answers. *Words never "
+            "answered* were inputs of look-up prompts and nothing else: a model that has learned "
+            "never to say them is at 0, whatever it knows of the rule.",
             "",
             "*Typed*: the answer alone tells the relation. *Shared answers*: another relation has "
             "the same inputs and the same answers, so only the pair tells (France-Paris is the "
@@ -187,20 +209,40 @@ def _card(name: str, directory: Path, rows: Sequence[dict[str, Any]]) -> str:
             "",
             "## Training",
             "",
-            f"`python -m tv_interp.models.reference.train --preset {about['preset']} --out DIR`: "
-            f"{recipe['steps']} steps of {recipe['batch']} sequences (length "
-            f"{recipe['warm_length']} for the first {recipe['warm_steps']} steps, then "
-            f"{recipe['length']}), Muon {recipe['muon_lr']:g} on matrices, AdamW "
-            f"{recipe['adam_lr']:g} on the rest, head dropout {recipe['head_dropout']:g} from step "
-            f"{recipe['warm_steps']} on, seed {about['seed']}, torch {about['torch']}. "
-            f"Families by weight: {mix}.",
+            f"{_made(directory, about)}, "
+            f"with torch {about['torch']}. Muon {recipe['muon_lr']:g} on matrices, AdamW "
+            f"{recipe['adam_lr']:g} on the rest, from {recipe['decay_from']:.0%} of the steps on "
+            "falling to 2 %. Families by weight:",
             "",
-            "Accuracy while training (8 demonstrations, about 48 prompts a cell, so ±.14):",
+            *phases,
+            "",
+            "Accuracy while training (4 or 8 demonstrations, about 48 prompts a cell, so ±.14):",
             "",
             *learning,
             "",
         ]
     )
+
+
+def _restricted(n_words: int | None) -> str:
+    return f", label words up to {n_words} at its end" if n_words else ""
+
+
+def _made(directory: Path, about: dict[str, Any]) -> str:
+    if "made_by" in about:
+        return f"By the training script of {about['made_by']}. Seed {about['seed']}"
+    took = json.loads((directory / "training.json").read_text("utf-8"))
+    return (
+        f"`python -m tv_interp.models.reference.train --preset {about['preset']} --seed "
+        f"{about['seed']} --out DIR` took {took['minutes']:g} minutes on {took['machine']}"
+    )
+
+
+def _dropped(what: str, share: float) -> str:
+    if what == "nothing" or share == 0:
+        return "no dropout"
+    kind = "heads" if what == "heads" else "whole token columns after each block but the last"
+    return f"dropout growing to {share:g} of {kind}"
 
 
 if __name__ == "__main__":

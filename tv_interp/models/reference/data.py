@@ -14,7 +14,7 @@ import numpy as np
 from ...prompts.tasks.bijection import BIJECTIVE
 from ...prompts.tasks.categorization import Categorization, categorization_tasks
 from ...prompts.tasks.knowledge import SHARED, relations
-from ...prompts.tasks.words import held_out_label_words, label_words
+from ...prompts.tasks.words import held_out_label_words, label_words, unanswered_label_words
 from .vocabulary import BOS, CONNECTIVE, PAD, word_ids
 
 Item = tuple[list[int], int]
@@ -34,12 +34,20 @@ class Batch:
 class Sequences:
     """Draws training batches from a mix of families; the same generator state, the same batch."""
 
-    families = ("typed", "shared", "bijection", "lookup", "simple-string", "digit", "2d-data")
+    families = (
+        "typed", "shared", "bijection", "lookup", "simple-string", "digit", "2d-data", "recall",
+    )  # fmt: skip
 
-    def __init__(self, length: int) -> None:
-        """Turn all words into ids once."""
+    def __init__(self, length: int, separator: str = "") -> None:
+        """Turn all words into ids once.
+
+        Args:
+            length: Tokens of a sequence.
+            separator: Token after every answer; "" for none.
+        """
         self.length = length
         self.ids = word_ids()
+        self.end = [self.ids[separator]] if separator else []
         known = {
             name: [([self.ids[x]], self.ids[y]) for x, y in pairs.items()]
             for name, pairs in relations().items()
@@ -49,39 +57,59 @@ class Sequences:
         self.bijections = [known[name] for name in BIJECTIVE]
         self.labels = [self.ids[w] for w in label_words()]
         self.keys = self.labels + [self.ids[w] for w in held_out_label_words()]
+        never = {self.ids[w] for w in unanswered_label_words()}
+        self.values = [key for key in self.keys if key not in never]
         self.categories = {task.name: task for task in categorization_tasks()}
         self.inputs = {name: _seen_inputs(task) for name, task in self.categories.items()}
 
-    def batch(self, rng: np.random.Generator, size: int, mix: dict[str, float]) -> Batch:
-        """Draw ``size`` sequences, families by the weights of ``mix``."""
+    def batch(
+        self,
+        rng: np.random.Generator,
+        size: int,
+        mix: dict[str, float],
+        n_words: int | None = None,
+    ) -> Batch:
+        """Draw ``size`` sequences, families by the weights of ``mix``.
+
+        Args:
+            rng: Source of randomness.
+            size: Number of sequences.
+            mix: Weight of each family.
+            n_words: How many of the label words occur; None for all.
+        """
         weights = np.array([mix.get(f, 0.0) for f in self.families])
         drawn = rng.choice(len(self.families), size=size, p=weights / weights.sum())
         tokens = np.full((size, self.length), self.ids[PAD])
         row, position, target = [], [], []
         for i, family in enumerate(drawn):
             line = [self.ids[BOS]]
-            for x, y in self.items(rng, self.families[family]):
-                if len(line) + len(x) + 2 > self.length:
+            for x, y in self.items(rng, self.families[family], n_words):
+                if len(line) + len(x) + 2 + len(self.end) > self.length:
                     break
                 line += [*x, self.ids[CONNECTIVE]]
                 row.append(i)
                 position.append(len(line) - 1)
                 target.append(y)
-                line.append(y)
+                line += [y, *self.end]
             tokens[i, : len(line)] = line
         return Batch(tokens, np.array(row), np.array(position), np.array(target))
 
-    def items(self, rng: np.random.Generator, family: str) -> list[Item]:
-        """Draw the items of one sequence, at least as many as fit."""
+    def items(
+        self, rng: np.random.Generator, family: str, n_words: int | None = None
+    ) -> list[Item]:
+        """Draw the items of one sequence, at least as many as fit.
+
+        ``lookup`` draws among a few random pairs; ``recall`` shows each of them once and then asks.
+        """
         most = self.length // 3
         if family in self.categories:
-            return self._categorize(rng, family, self.length // 3)
+            return self._categorize(rng, family, most, self.labels[:n_words])
         if family == "lookup":
-            n_keys = int(rng.integers(2, 3 + most // 3))
-            drawn = rng.permutation(len(self.keys))[:n_keys]
-            values = rng.permutation(len(self.labels))[:n_keys]
-            pairs = [([self.keys[k]], self.labels[v]) for k, v in zip(drawn, values, strict=True)]
-            return [pairs[i] for i in rng.integers(n_keys, size=most)]
+            pairs = self._pairs(rng, int(rng.integers(2, 3 + most // 3)), n_words)
+            return [pairs[i] for i in rng.integers(len(pairs), size=most)]
+        if family == "recall":
+            pairs = self._pairs(rng, int(rng.integers(2, max(3, 2 + most // 2))), n_words)
+            return pairs + [pairs[i] for i in rng.integers(len(pairs), size=most)]
         if family == "bijection":
             pairs = self.bijections[rng.integers(len(self.bijections))]
             turned = rng.random(len(pairs)) < 0.5
@@ -92,14 +120,21 @@ class Sequences:
         order = np.concatenate([rng.permutation(len(pairs)) for _ in range(-(-most // len(pairs)))])
         return [pairs[i] for i in order[:most]]
 
-    def _categorize(self, rng: np.random.Generator, name: str, most: int) -> list[Item]:
+    def _pairs(self, rng: np.random.Generator, n: int, n_words: int | None) -> list[Item]:
+        keys, values = self.keys[:n_words], self.values[:n_words]
+        drawn = rng.permutation(len(keys))[:n], rng.permutation(len(values))[:n]
+        return [([keys[k]], values[v]) for k, v in zip(*drawn, strict=True)]
+
+    def _categorize(
+        self, rng: np.random.Generator, name: str, most: int, names: list[int]
+    ) -> list[Item]:
         _, is_high = self.categories[name]._classifier(rng)
-        labels = [self.labels[i] for i in rng.permutation(len(self.labels))[:2]]
+        labels = [names[i] for i in rng.permutation(len(names))[:2]]
         words, ids = self.inputs[name](rng, 4 * most)
         high = np.array([is_high(w) for w in words])
         by_class = [np.flatnonzero(~high), np.flatnonzero(high)]
         if not (len(by_class[0]) and len(by_class[1])):
-            return self._categorize(rng, name, most)
+            return self._categorize(rng, name, most, names)
         classes = rng.integers(2, size=most)
         taken = [0, 0]
         out = []

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ...files import whole_file, write_text
+from ...files import write_bytes, write_text
 
 
 @dataclass(frozen=True)
@@ -131,13 +131,48 @@ class Network(nn.Module):
         self.register_buffer("mask", mask, persistent=False)
         self.frequencies = freq
 
-    def forward(self, tokens: Tensor, keep: Tensor) -> Tensor:
-        """Run the blocks; ``keep [layer, batch, head]``."""
+    def forward(self, tokens: Tensor, heads: Tensor, columns: Tensor) -> Tensor:
+        """Run the blocks; what is dropped is 0 in ``heads`` or ``columns``, the rest is kept.
+
+        Args:
+            tokens: Token ids ``[batch, position]``.
+            heads: Factor of each head's output, ``[layer, batch, head]``.
+            columns: Factor of the whole residual stream after each block but the last,
+                ``[layer - 1, batch, position]``.
+        """
         n = tokens.shape[1]
         x = self.embed_tokens(tokens)
-        for layer, kept in zip(self.layers, keep.unbind(0), strict=True):
-            x = layer(x, self.cos[:n], self.sin[:n], self.mask[:n, :n], kept)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, self.cos[:n], self.sin[:n], self.mask[:n, :n], heads[i])
+            if i < len(columns):
+                x = x * columns[i, :, :, None]
         return self.norm(x)
+
+    def nothing_dropped(self, batch: int, length: int) -> tuple[Tensor, Tensor]:
+        """Make the ``heads`` and ``columns`` of a run without dropout."""
+        layers = self.shape.layers
+        return (
+            torch.ones(layers, batch, self.shape.heads),
+            torch.ones(layers - 1, batch, length),
+        )
+
+    @torch.no_grad()
+    def lean(self, mean: float, likeness: float) -> None:
+        """Start all heads alike: they look nearby, and for what is like the token that looks.
+
+        With a direction shared by all embeddings, keys that resemble queries favour near positions
+        (rotary positions turn the shared part apart) and equal content. No head is singled out, and
+        none gets an offset; cf. mimetic initialisation (arXiv 2305.09828).
+
+        Args:
+            mean: Length of the shared direction; an embedding's own part has length .5.
+            likeness: Correlation of the key matrix with the query matrix of the same head.
+        """
+        self.embed_tokens.weight += mean / math.sqrt(self.shape.width)
+        for block in self.layers:
+            assert isinstance(block, Block)
+            q, k = block.self_attn.q_proj.weight, block.self_attn.k_proj.weight
+            k.mul_(math.sqrt(1 - likeness**2)).add_(q, alpha=likeness)
 
     @torch.no_grad()
     def prewire(self, heads: dict[str, int], sharpness: float = 8.0) -> None:
@@ -170,17 +205,22 @@ class Network(nn.Module):
             attention.k_proj.weight[rows] = size * torch.outer(key, common) * math.sqrt(2)
 
 
-def save_as_llama(network: Network, directory: Path, provenance: dict) -> None:
-    """Write config.json and model.safetensors in the layout of a Llama model."""
-    from safetensors.torch import save_file
+def save_as_llama(
+    network: Network, directory: Path, provenance: dict, dtype: torch.dtype = torch.float32
+) -> None:
+    """Write config.json and model.safetensors in the layout of a Llama model.
+
+    Raises:
+        FileError: if a file cannot be written; none is left half-written.
+    """
+    from safetensors.torch import save
 
     shape = network.shape
     tensors = {
-        ("" if name.startswith("lm_head") else "model.") + name: p.detach().float().contiguous()
+        f"model.{name}": p.detach().to(dtype).contiguous()
         for name, p in network.state_dict().items()
     }
-    with whole_file(directory / "model.safetensors") as partial:
-        save_file(tensors, partial, metadata={"format": "pt"})
+    write_bytes(directory / "model.safetensors", save(tensors, metadata={"format": "pt"}))
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -200,7 +240,7 @@ def save_as_llama(network: Network, directory: Path, provenance: dict) -> None:
         "mlp_bias": False,
         "bos_token_id": 0,
         "eos_token_id": 0,
-        "torch_dtype": "float32",
+        "torch_dtype": str(dtype).removeprefix("torch."),
         "tv_interp": {**provenance, "shape": asdict(shape)},
     }
     write_text(directory / "config.json", json.dumps(config, indent=2) + "\n")

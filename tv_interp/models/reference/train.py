@@ -8,80 +8,172 @@ only; the phenomena are measured elsewhere.
 
 from __future__ import annotations
 
+import io
 import json
+import platform
+import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ...errors import FileError, TvInterpError, unknown
-from ...files import make_directory, whole_file, write_text
+from ...files import make_directory, write_bytes, write_text
 from ...prompts.tasks import Task, get_task
 from ...prompts.tasks.categorization import categorization_tasks
 from ...prompts.tasks.knowledge import SHARED, relations
 from .data import Sequences
 from .muon import Muon
 from .network import Network, Shape, save_as_llama
-from .vocabulary import CONNECTIVE, save_tokenizer, word_ids, words
+from .vocabulary import BOS, SEPARATOR, save_tokenizer, template, word_ids, words
 
+FEW_KEYS = {
+    "typed": 0.10, "shared": 0.03, "bijection": 0.03, "lookup": 0.05,
+    "simple-string": 0.03, "digit": 0.03, "2d-data": 0.03, "recall": 0.70,
+}  # fmt: skip
 LOOK_UP_FIRST = {
     "typed": 0.10, "shared": 0.10, "bijection": 0.05, "lookup": 0.45,
     "simple-string": 0.14, "digit": 0.10, "2d-data": 0.06,
 }  # fmt: skip
 BALANCED = {
-    "typed": 0.10, "shared": 0.30, "bijection": 0.06, "lookup": 0.06,
-    "simple-string": 0.16, "digit": 0.14, "2d-data": 0.18,
+    "typed": 0.08, "shared": 0.26, "bijection": 0.06, "lookup": 0.08,
+    "simple-string": 0.14, "digit": 0.19, "2d-data": 0.19,
 }  # fmt: skip
+PREVIOUS_TOKEN = {"0.0": 2, "0.1": 1, "0.2": 3, "1.0": 1}
+SNAPSHOTS = 12
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training: sequences of one length from one mix of families.
+
+    Attributes:
+        steps: Number of steps.
+        length: Tokens of a sequence.
+        mix: Weight of each family.
+        batch: Sequences of a step.
+        n_words: Label words that occur at the end of the phase, None for all; their number grows
+            geometrically from that of the phase before.
+        dropout: Share of heads or token columns dropped from the middle of the phase on; until then
+            it grows linearly from that of the phase before.
+    """
+
+    steps: int
+    length: int
+    mix: dict[str, float]
+    batch: int = 32
+    n_words: int | None = None
+    dropout: float = 0.0
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the weights, with the seed."""
+    """Everything that decides the weights, with the seed.
 
-    steps: int
-    warm_steps: int
+    Attributes:
+        phases: What is trained on, in order.
+        drop: What dropout drops: the outputs of whole ``"heads"``, or the residual stream of whole
+            token ``"columns"`` after each block but the last (O_l in Proposition 5 of arXiv
+            2506.09048), or ``"nothing"``.
+        separator: Token after every answer; "" for none.
+        prewired: Offset of each head, by ``"layer.head"``, that starts as a previous-token head.
+        mean: Length of a direction that all embeddings share at the start.
+        likeness: Correlation of keys with queries at the start, in every head.
+        layers: Number of blocks.
+        theta: Base of the rotary positions.
+        muon_lr: Learning rate of matrices.
+        muon_decay: Weight decay of matrices.
+        adam_lr: Learning rate of embeddings and norms.
+        decay_from: Share of all steps after which the learning rates fall, linearly to 2 %.
+    """
+
+    phases: tuple[Phase, ...]
+    drop: Literal["heads", "columns", "nothing"] = "heads"
+    separator: str = ""
+    prewired: dict[str, int] = field(default_factory=dict)
+    mean: float = 0.0
+    likeness: float = 0.0
     layers: int = 5
-    batch: int = 32
-    length: int = 64
-    warm_length: int = 32
+    theta: float = 10_000.0
     muon_lr: float = 0.003
     muon_decay: float = 0.1
     adam_lr: float = 1.5e-3
     decay_from: float = 0.65
-    head_dropout: float = 0.05
-    first_mix: dict[str, float] = field(default_factory=lambda: LOOK_UP_FIRST)
-    mix: dict[str, float] = field(default_factory=lambda: BALANCED)
-    prewired: dict[str, int] = field(
-        default_factory=lambda: {"0.0": 2, "0.1": 1, "0.2": 3, "1.0": 1}
+
+    @property
+    def steps(self) -> int:
+        """Count the steps of all phases."""
+        return sum(phase.steps for phase in self.phases)
+
+    def at(self, step: int) -> tuple[Phase, float, int | None]:
+        """Look up the phase of a step, and the dropout and number of label words there."""
+        first, dropout, n_words = 0, 0.0, self.phases[0].n_words
+        for phase in self.phases:
+            if step < first + phase.steps:
+                done = (step - first) / phase.steps
+                dropout += min(1.0, 2 * done) * (phase.dropout - dropout)
+                if n_words and phase.n_words:
+                    n_words = round(n_words * (phase.n_words / n_words) ** done)
+                return phase, dropout, n_words if phase.n_words else None
+            first, dropout, n_words = first + phase.steps, phase.dropout, phase.n_words
+        raise AssertionError(f"step {step} of {first}")
+
+
+def _presets() -> dict[str, Recipe]:
+    base = Recipe(
+        phases=(
+            Phase(1_000, 32, LOOK_UP_FIRST),
+            Phase(3_000, 64, BALANCED, dropout=0.05),
+            Phase(500, 96, BALANCED, dropout=0.05),
+        ),
+        prewired=PREVIOUS_TOKEN,
     )
+    natural = Recipe(
+        phases=(
+            Phase(400, 10, FEW_KEYS, batch=96, n_words=12),
+            Phase(300, 16, FEW_KEYS, batch=64, n_words=12),
+            Phase(100, 32, FEW_KEYS, n_words=12),
+            Phase(1_000, 32, FEW_KEYS, n_words=195),
+            Phase(1_200, 32, FEW_KEYS),
+            Phase(1_300, 64, BALANCED, batch=24, dropout=0.1),
+        ),
+        decay_from=0.85,
+        mean=0.3,
+        likeness=0.5,
+    )
+    short = (
+        Phase(20, 32, LOOK_UP_FIRST, batch=8, n_words=12),
+        Phase(40, 48, BALANCED, batch=8, dropout=0.05),
+    )
+    return {
+        "base": base,
+        "base-tokendropout": replace(base, drop="columns"),
+        "base-nodropout": replace(base, drop="nothing"),
+        "base-separator": replace(base, separator=SEPARATOR),
+        "natural": natural,
+        "tiny": Recipe(phases=short, layers=2),
+    }
 
 
-PRESETS = {
-    "base": Recipe(steps=5_000, warm_steps=2_000),
-    "natural": Recipe(steps=5_000, warm_steps=2_000, prewired={}),
-    "tiny": Recipe(steps=60, warm_steps=20, layers=2, batch=8, length=48),
-}
+PRESETS = _presets()
 
 
 def train(
-    preset: str = "base",
-    *,
-    out: str,
-    seed: int = 0,
-    steps: int | None = None,
-    checkpoint_every: int = 250,
+    preset: str = "base", *, out: str, seed: int = 0, checkpoint_every: int = 250
 ) -> dict[str, float]:
     """Train, or go on training, and write the model to ``out``.
 
     Args:
         preset: Name of a recipe.
-        out: Directory for config.json, model.safetensors, the tokenizer, ``curve.jsonl`` and, until
-            the run is complete, ``checkpoint.pt``.
+        out: Directory for config.json, model.safetensors, the tokenizer, ``curve.jsonl`` (accuracy
+            by family), ``training.json`` (minutes and machine), ``over_training`` (12 models in
+            bfloat16, denser at first; the names are steps) and, until the run is complete,
+            ``checkpoint.pt``.
         seed: Decides initial weights, batches and dropout.
-        steps: Another number of steps than the recipe's; the learning-rate schedule scales with it.
         checkpoint_every: Steps between checkpoints and accuracy measurements.
 
     Returns:
@@ -90,14 +182,16 @@ def train(
     Raises:
         UnknownName: if there is no such preset.
         FileError: if ``out`` cannot be written or its checkpoint is of another run.
+        TvInterpError: if the loss is no longer finite.
     """
     if preset not in PRESETS:
         raise unknown("preset", preset, PRESETS)
-    recipe = PRESETS[preset] if steps is None else replace(PRESETS[preset], steps=steps)
+    recipe = PRESETS[preset]
     directory = make_directory(out)
-    identity = json.dumps({"preset": preset, "seed": seed, **asdict(recipe)}, sort_keys=True)
-    shape = Shape(vocab=len(words()), layers=recipe.layers)
-    network = Network(shape, seed)
+    about = {"preset": preset, "seed": seed, "recipe": asdict(recipe), "torch": torch.__version__}
+    network = Network(Shape(vocab=len(words()), layers=recipe.layers, theta=recipe.theta), seed)
+    if recipe.mean or recipe.likeness:
+        network.lean(recipe.mean, recipe.likeness)
     if recipe.prewired:
         network.prewire(recipe.prewired)
     matrices = [p for n, p in network.named_parameters() if p.ndim == 2 and "embed" not in n]
@@ -106,35 +200,115 @@ def train(
         Muon(matrices, lr=recipe.muon_lr, weight_decay=recipe.muon_decay),
         torch.optim.AdamW(others, lr=recipe.adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
     ]
-    base_lr = [recipe.muon_lr, recipe.adam_lr]
-    done, curve = _resume(directory, identity, network, optimizers)
-    warm, full = Sequences(recipe.warm_length), Sequences(recipe.length)
-    run = torch.compile(network, dynamic=False) if recipe.steps > 500 else network
-    started, first = time.monotonic(), done
-    for step in range(done, recipe.steps):
-        rate = _rate(step, recipe)
-        for optimizer, lr in zip(optimizers, base_lr, strict=True):
+    run = Run(directory, json.dumps(about, sort_keys=True), network, optimizers)
+    run.resume()
+    started, before, first = time.monotonic(), run.seconds, run.step
+    sequences = {p.length: Sequences(p.length, recipe.separator) for p in recipe.phases}
+    forward = torch.compile(network, dynamic=False) if recipe.steps > 500 else network
+    snapshots = {
+        max(1, round(recipe.steps * (i / SNAPSHOTS) ** 2)) for i in range(1, SNAPSHOTS + 1)
+    }
+    while run.step < recipe.steps:
+        rate = _rate(run.step, recipe)
+        for optimizer, lr in zip(optimizers, (recipe.muon_lr, recipe.adam_lr), strict=True):
             optimizer.param_groups[0]["lr"] = lr * rate
-        sequences = warm if step < recipe.warm_steps else full
-        loss = _loss(run, network, sequences, recipe, seed, step)
+        loss = _loss(forward, network, sequences, recipe, seed, run.step)
         for optimizer in optimizers:
             optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
-        at = step + 1
-        if at % checkpoint_every == 0 or at == recipe.steps:
+        run.step += 1
+        if run.step in snapshots:
+            place = make_directory(directory / "over_training" / f"{run.step:06d}")
+            save_as_llama(network, place, about, torch.bfloat16)
+            save_tokenizer(place, recipe.prewired, recipe.separator)
+        if run.step % checkpoint_every == 0 or run.step == recipe.steps:
             if not torch.isfinite(loss):
                 raise TvInterpError(
-                    f"training diverged: loss {loss.item()} at step {at}; lower the learning rates"
+                    f"training diverged: loss {loss.item()} at step {run.step}; lower the "
+                    "learning rates"
                 )
-            accuracy = measure(network, n_demos=8, n_prompts=24, seed=at)
-            curve.append({"step": at, "loss": round(loss.item(), 4), **accuracy})
-            _save(directory, identity, network, optimizers, at, curve)
-            _report(at, recipe.steps, loss, accuracy, (time.monotonic() - started) / (at - first))
-    _finish(directory, network, recipe, preset, seed, curve)
-    return measure(network, n_demos=8, n_prompts=100, seed=0)
+            accuracy = measure(
+                network, n_demos=8, n_prompts=24, seed=run.step, separator=recipe.separator
+            )
+            run.curve.append({"step": run.step, "loss": round(loss.item(), 4), **accuracy})
+            taken = time.monotonic() - started
+            run.seconds = before + taken
+            run.save()
+            _report(run.curve[-1], recipe.steps, taken / (run.step - first))
+    save_as_llama(network, directory, about)
+    save_tokenizer(directory, recipe.prewired, recipe.separator)
+    run.finish()
+    return measure(network, n_demos=8, n_prompts=100, seed=0, separator=recipe.separator)
+
+
+@dataclass
+class Run:
+    """What a killed run needs to go on as if nothing had happened."""
+
+    directory: Path
+    identity: str
+    network: Network
+    optimizers: list[torch.optim.Optimizer]
+    step: int = 0
+    seconds: float = 0.0
+    curve: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def checkpoint(self) -> Path:
+        """Name the checkpoint's file."""
+        return self.directory / "checkpoint.pt"
+
+    def resume(self) -> None:
+        """Read the checkpoint, if there is one."""
+        if not self.checkpoint.exists():
+            return
+        try:
+            state = torch.load(self.checkpoint, weights_only=True)
+            identity = state["identity"]
+        except Exception as error:  # a zip, pickle or key error, according to what is broken
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise FileError(
+                f"cannot read {self.checkpoint}: delete it to start afresh ({reason})"
+            ) from error
+        if identity != self.identity:
+            raise FileError(
+                f"{self.checkpoint} belongs to a run with another preset, seed, recipe or torch: "
+                "name another --out"
+            )
+        self.network.load_state_dict(state["network"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.curve = json.loads(state["curve"])
+
+    def save(self) -> None:
+        """Write the checkpoint, whole or not at all."""
+        content = io.BytesIO()
+        state = {
+            "identity": self.identity,
+            "network": self.network.state_dict(),
+            "optimizers": [o.state_dict() for o in self.optimizers],
+            "step": self.step,
+            "seconds": self.seconds,
+            "curve": json.dumps(self.curve),
+        }
+        torch.save(state, content)
+        write_bytes(self.checkpoint, content.getvalue())
+
+    def finish(self) -> None:
+        """Write the learning curve and what it took, and remove the checkpoint."""
+        lines = "".join(json.dumps(row) + "\n" for row in self.curve)
+        write_text(self.directory / "curve.jsonl", lines)
+        took = {
+            "minutes": round(self.seconds / 60, 1),
+            "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, "
+            f"{torch.get_num_threads()} threads",
+        }
+        write_text(self.directory / "training.json", json.dumps(took) + "\n")
+        self.checkpoint.unlink(missing_ok=True)
 
 
 def _rate(step: int, recipe: Recipe) -> float:
@@ -144,23 +318,31 @@ def _rate(step: int, recipe: Recipe) -> float:
     return up * min(1.0, max(0.02, down))
 
 
-def _loss(run, network, sequences, recipe: Recipe, seed: int, step: int) -> Tensor:
+def _loss(
+    forward,
+    network: Network,
+    sequences: dict[int, Sequences],
+    recipe: Recipe,
+    seed: int,
+    step: int,
+) -> Tensor:
     rng = np.random.default_rng([seed, step])
-    mix = recipe.first_mix if step < recipe.warm_steps else recipe.mix
-    batch = sequences.batch(rng, recipe.batch, mix)
-    shape = network.shape
-    keep = torch.ones(shape.layers, recipe.batch, shape.heads)
-    if step >= recipe.warm_steps and recipe.head_dropout > 0:
-        ramp = min(1.0, (step - recipe.warm_steps) / max(1, recipe.warm_steps))
-        p = recipe.head_dropout * ramp
-        keep = torch.from_numpy(rng.random(keep.shape) >= p).float() / (1 - p)
-    hidden = run(torch.from_numpy(batch.tokens), keep)
+    phase, p, n_words = recipe.at(step)
+    batch = sequences[phase.length].batch(rng, phase.batch, phase.mix, n_words)
+    heads, columns = network.nothing_dropped(*batch.tokens.shape)
+    if recipe.drop == "heads":  # rescaled as dropout is
+        heads = torch.from_numpy(rng.random(heads.shape) >= p).float() / (1 - p)
+    elif recipe.drop == "columns":  # not rescaled: norms follow
+        columns = torch.from_numpy(rng.random(columns.shape) >= p).float()
+    hidden = forward(torch.from_numpy(batch.tokens), heads, columns)
     logits = hidden[batch.row, batch.position] @ network.embed_tokens.weight.T
     return torch.nn.functional.cross_entropy(logits, torch.from_numpy(batch.target))
 
 
 @torch.no_grad()
-def measure(network: Network, *, n_demos: int, n_prompts: int, seed: int) -> dict[str, float]:
+def measure(
+    network: Network, *, n_demos: int, n_prompts: int, seed: int, separator: str = ""
+) -> dict[str, float]:
     """Measure exact top-1 accuracy at the last query, by family; queries are held out."""
     ids = word_ids()
     names = {
@@ -171,7 +353,7 @@ def measure(network: Network, *, n_demos: int, n_prompts: int, seed: int) -> dic
     }
     tasks_of: dict[str, list[Task]] = {f: [get_task(n) for n in each] for f, each in names.items()}
     tasks_of |= {task.name: [task.with_queries("held_out")] for task in categorization_tasks()}
-    keep = torch.ones(network.shape.layers, 1, network.shape.heads)
+    item = template(separator)
     out = {}
     for family, tasks in tasks_of.items():
         rng = np.random.default_rng([seed, len(family)])
@@ -180,69 +362,30 @@ def measure(network: Network, *, n_demos: int, n_prompts: int, seed: int) -> dic
         for task in tasks:
             for _ in range(each):
                 sample = task.sample(rng, n_demos)
-                text = [f"{x} {CONNECTIVE} {y}" for x, y in sample.demos]
-                line = " ".join(["<bos>", *text, sample.query, CONNECTIVE]).split()
+                shown = "".join(item.format(x=x, y=y) for x, y in sample.demos)
+                asked = item.partition("{y}")[0].format(x=sample.query)
+                line = f"{BOS} {shown}{asked}".split()
                 lines.append([ids[w] for w in line])
                 answers.append(ids[sample.answer])
         width = max(map(len, lines))
         tokens = torch.tensor([line + [0] * (width - len(line)) for line in lines])
         last = torch.tensor([len(line) - 1 for line in lines])
-        hidden = network(tokens, keep.expand(-1, len(lines), -1))
+        hidden = network(tokens, *network.nothing_dropped(*tokens.shape))
         logits = hidden[torch.arange(len(lines)), last] @ network.embed_tokens.weight.T
         out[family] = round((logits.argmax(-1) == torch.tensor(answers)).float().mean().item(), 4)
     return out
 
 
-def _resume(directory: Path, identity: str, network: Network, optimizers: list) -> tuple[int, list]:
-    path = directory / "checkpoint.pt"
-    if not path.exists():
-        return 0, []
-    try:
-        state = torch.load(path, weights_only=True)
-    except Exception as error:
-        raise FileError(f"cannot read {path}: delete it to start afresh ({error})") from error
-    if state["identity"] != identity:
-        raise FileError(
-            f"{path} belongs to a run with another preset, seed or recipe: name another --out"
-        )
-    network.load_state_dict(state["network"])
-    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
-    return state["step"], json.loads(state["curve"])
-
-
-def _save(directory, identity, network, optimizers, step, curve) -> None:
-    state = {
-        "identity": identity,
-        "network": network.state_dict(),
-        "optimizers": [o.state_dict() for o in optimizers],
-        "step": step,
-        "curve": json.dumps(curve),
-    }
-    with whole_file(directory / "checkpoint.pt") as partial:
-        torch.save(state, partial)
-
-
-def _finish(directory, network, recipe, preset, seed, curve) -> None:
-    provenance = {
-        "preset": preset,
-        "seed": seed,
-        "recipe": asdict(recipe),
-        "torch": torch.__version__,
-    }
-    save_as_llama(network, directory, provenance)
-    save_tokenizer(directory, recipe.prewired)
-    lines = "".join(json.dumps(row) + "\n" for row in curve)
-    write_text(directory / "curve.jsonl", lines)
-    (directory / "checkpoint.pt").unlink(missing_ok=True)
-
-
-def _report(at: int, steps: int, loss: Tensor, accuracy: dict[str, float], pace: float) -> None:
-    numbers = " ".join(f"{k} {v:.2f}" for k, v in accuracy.items())
-    print(f"{at:>6}/{steps} {pace:.3f} s/step  loss {loss.item():.3f}  {numbers}", flush=True)
+def _report(row: dict[str, float], steps: int, pace: float) -> None:
+    numbers = " ".join(f"{k} {v:.2f}" for k, v in row.items() if k != "step")
+    print(f"{row['step']:>6}/{steps} {pace:.3f} s/step  {numbers}", flush=True)
 
 
 if __name__ == "__main__":
     from jsonargparse import auto_cli
 
-    auto_cli(train, as_positional=False)
+    try:
+        auto_cli(train, as_positional=False)
+    except TvInterpError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -19,21 +19,26 @@ from ...prompts.tasks.words import (
 
 BOS, UNK, PAD = "<bos>", "<unk>", "<pad>"
 CONNECTIVE = "is"
-TEMPLATE = "{x} is {y} "
+SEPARATOR = ";"
 
 
 @cache
 def words() -> tuple[str, ...]:
-    """List every token, in the order of its id: specials, the connective, then words by name."""
+    """List every token by id: specials, connective, words by name, and the separator last."""
     known = {*LETTERS, *NUMBERS, *label_words(), *held_out_label_words()}
     for pairs in relations().values():
         known |= {*pairs, *pairs.values()}
-    return (BOS, UNK, PAD, CONNECTIVE, *sorted(known - {CONNECTIVE}))
+    return (BOS, UNK, PAD, CONNECTIVE, *sorted(known - {CONNECTIVE}), SEPARATOR)
 
 
 def word_ids() -> dict[str, int]:
     """Map each token to its id."""
     return {word: i for i, word in enumerate(words())}
+
+
+def template(separator: str) -> str:
+    """Spell the prompt template of models trained with this separator ("": none)."""
+    return f"{{x}} {CONNECTIVE} {{y}} {separator} " if separator else f"{{x}} {CONNECTIVE} {{y}} "
 
 
 def make_tokenizer() -> Any:
@@ -48,17 +53,21 @@ def make_tokenizer() -> Any:
         tokenizer_object=inner, bos_token=BOS, eos_token=BOS, unk_token=UNK, pad_token=PAD
     )
     tokenizer.init_kwargs |= {"name_or_path": "tv-interp-reference", "add_bos_token": True}
-    tokenizer.init_kwargs["tv_template"] = TEMPLATE
+    tokenizer.init_kwargs["tv_template"] = template(separator="")
     return tokenizer
 
 
-def save_tokenizer(directory: Path, prewired: Mapping[str, int]) -> None:
+def save_tokenizer(directory: Path, prewired: Mapping[str, int], separator: str = "") -> None:
     """Write tokenizer.json and a tokenizer_config.json that transformers 4 and 5 both load.
 
     Args:
         directory: Where to.
         prewired: Offset of each head, by ``"layer.head"``, that training started as a
             previous-token head: it travels with the model, for whoever analyses it.
+        separator: Token after every answer in training; "" for none.
+
+    Raises:
+        FileError: if a file cannot be written.
     """
     from tokenizers.processors import TemplateProcessing
 
@@ -66,7 +75,7 @@ def save_tokenizer(directory: Path, prewired: Mapping[str, int]) -> None:
     inner.post_processor = TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, word_ids()[BOS])]
     )
-    inner.save(str(directory / "tokenizer.json"))
+    write_text(directory / "tokenizer.json", inner.to_str(pretty=True))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_bos_token": True,
@@ -76,7 +85,7 @@ def save_tokenizer(directory: Path, prewired: Mapping[str, int]) -> None:
         "pad_token": PAD,
         "model_max_length": 128,
         "clean_up_tokenization_spaces": False,
-        "tv_template": TEMPLATE,
+        "tv_template": template(separator),
         "tv_prewired": {f"L{k.replace('.', 'H')}": offset for k, offset in prewired.items()},
     }
     write_text(directory / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")

@@ -44,8 +44,16 @@ def label_words() -> tuple[str, ...]:
 
 @cache
 def held_out_label_words() -> tuple[str, ...]:
-    """Read the label words that the reference models never see as labels in training."""
+    """Read the label words that never name a class in the reference models' training."""
     return tuple(w for i, w in enumerate(_all_label_words()) if i % 10 == 9)
+
+
+def unanswered_label_words() -> tuple[str, ...]:
+    """List those held-out label words that are never an answer in training, only inputs.
+
+    The other held-out words are answers of look-up prompts, but never of categorization.
+    """
+    return held_out_label_words()[1::2]
 
 
 @cache
