@@ -681,7 +681,7 @@ def saliency(lab: _Lab) -> Section:
             Finding(f"layer 1, {name}, share", float(value / total), "Figure 3: a large part")
             for name, value in groups.items()
         ),
-        Finding("layer 1, elsewhere, share", float(rest), "0 inside S_P"),
+        Finding("layer 1, elsewhere, share", float(rest), "mostly tokens reading themselves"),
         *(
             Finding(f"layer 2 into end, {name}, share", float(last[at].sum() / last.sum()),
                     "about a third each")
