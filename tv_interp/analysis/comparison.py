@@ -232,6 +232,9 @@ def compare_vectors(
         groups = {curve.site: curve for curve in curves}
         attrs = provenance(adapter) | side.contrast.provenance | {"half": name}
         recorded = {kind: record_run(adapter, p) for kind, p in side.recipients.items()}
+        # what the prompts answer with nothing injected: each is run once for all metrics
+        plain = [("few-shot", side.clean, last_logits(adapter, side.clean))]
+        plain += [(kind, p, recorded[kind].logits) for kind, p in side.recipients.items()]
         for metric in METRICS if name == "test" else (select,):
             key = f"{name}/{metric}"
             unit = get_metric(metric).unit
@@ -248,10 +251,10 @@ def compare_vectors(
                 {"layer": np.arange(adapter.n_layers), "site": list(groups)},
                 unit=unit, total=None, prompts=side.clean, attrs=about,
             )  # fmt: skip
-            plain = {"few-shot": side.clean, **side.recipients}
             runs[key] = label_scores(
-                np.stack([_values(adapter, p, metric) for p in plain.values()], -1), ("site",),
-                {"site": list(plain)}, unit=unit, total=None, prompts=side.clean, attrs=about,
+                np.stack([_values(p, logits, metric) for _, p, logits in plain], -1), ("site",),
+                {"site": [kind for kind, *_ in plain]}, unit=unit, total=None, prompts=side.clean,
+                attrs=about,
             )  # fmt: skip
     settings = provenance(adapter) | sides[1].contrast.provenance
     settings |= {
@@ -265,8 +268,7 @@ def compare_vectors(
     return VectorReport(scores, runs, tuple(rows), settings, tuple(dict.fromkeys(notes)))
 
 
-def _values(adapter: Adapter, prompts: Prompts, metric: str) -> np.ndarray:
-    logits = last_logits(adapter, prompts)
+def _values(prompts: Prompts, logits: torch.Tensor, metric: str) -> np.ndarray:
     readout = get_metric(metric).readout(Targets.of(prompts))
     return readout(logits, torch.arange(len(prompts))).float().numpy()
 
@@ -388,8 +390,8 @@ class _Side:
             out.append(curve("dummy", f"at {role}", vectors, role))
         for name, donors in self.donors.items():
             out.append(curve("dummy", name, extract_vectors(self.model, donors), "answer"))
-            asked = donors.other_query(seed=self.seed + 2) if self.other_query else donors
             if name == "random-answer donors":
+                asked = donors.other_query(seed=self.seed + 2) if self.other_query else donors
                 theirs = extract_vectors(self.model, asked, at="query_is")
                 out.append(curve("zero-shot", name, theirs, "query_is"))
         for recipient, at in (("dummy", "answer"), ("zero-shot", "query_is")):

@@ -531,17 +531,12 @@ def head_vectors(
     controls = control_sets(chosen, all_heads(adapter), set(chosen), seed)
     sets: dict[str, Sequence[Head]] = {"heads": chosen, "all heads": all_heads(adapter)}
     sets |= {f"control {i}": c for i, c in enumerate(controls)}
-    each = {
-        head: _exchange(model, contrast, at, [head]).data
-        for head in sorted({h for members in sets.values() for h in members})
-    }
-    whole = _exchange(model, contrast, at, None)
-    changes = {"vector": whole}
+    changes = {"vector": _exchange(model, contrast, at, None)}
     for name, members in sets.items():
-        total = sum(each[head] for head in members)
+        written = _exchange(model, contrast, at, members)
         # what a head writes stays in the residual stream of all later layers
-        assert isinstance(total, xr.DataArray)
-        changes[name] = replace(whole, data=total.cumsum("layer").assign_coords(whole.data.coords))
+        total = written.data.cumsum("layer").assign_coords(written.data.coords)
+        changes[name] = replace(written, data=total)
     readout = measure.readout(Targets.of(contrast.clean))
     run = record_run(adapter, contrast.corrupted)
     base = readout(run.logits, torch.arange(len(contrast))).numpy()
