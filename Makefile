@@ -1,10 +1,10 @@
 # Every command the project needs. `make` alone lists them.
 #
 #   make PYTHON=python3.12 test          another interpreter
-#   make test PYTEST_ARGS="-n 2 -k name" anything pytest takes
+#   make test PYTEST_ARGS="-k name -x"   anything pytest takes (the default uses every core)
 
 PYTHON      ?= python3
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n auto
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help

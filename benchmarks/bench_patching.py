@@ -2,7 +2,9 @@
 
     python benchmarks/bench_patching.py                 # small shape, about two minutes
     python benchmarks/bench_patching.py --shape gpt2    # GPT-2-small shape, about half an hour
-    python benchmarks/bench_patching.py --write         # both, and the table of README.md
+    python benchmarks/bench_patching.py --shape both --write    # and the tables of README.md
+
+`--write` keeps what was measured in patching.json, shape by shape, and makes the tables anew.
 
 Baselines, on the same random weights and prompts (10 demonstrations, 16 prompts):
 
@@ -376,13 +378,12 @@ def race(shape: str, timed) -> list[dict]:
     """The race for the top 10 of 144 heads on 64 prompts: a planted circuit, and random weights."""
     case = build_planted(shape)
     clean = tv.make_prompts(case.model, case.task, n_demos=10, n_prompts=64)
-    sizes = {k: v for k, v in RACE[shape].items() if k != "d_mlp"} | {"n_ctx": 64}
-    random = build(shape, **sizes)
-    rows = []
-    for label, model, contrast in (
-        ("race for the top 10", case.model, clean.corrupt("inputs")),
-        ("race, random weights", random, contrast_for(random, n_prompts=64)),
-    ):
+    rows, races = [], [("race for the top 10", case.model, clean.corrupt("inputs"))]
+    if shape == "small":  # where all heads matter alike, the race is a full sweep: a long one
+        sizes = {k: v for k, v in RACE[shape].items() if k != "d_mlp"} | {"n_ctx": 64}
+        random = build(shape, **sizes)
+        races.append(("race, random weights", random, contrast_for(random, n_prompts=64)))
+    for label, model, contrast in races:
         ranking, s = timed(functools.partial(tv.rank_heads, model, contrast, k=10))
         base = Baseline(model, contrast, "cpu")
         base.forward()
@@ -489,6 +490,8 @@ def table(result: dict) -> str:
     lines = [
         f"### {NAMES[result['shape']]}",
         "",
+        result["provenance"],
+        "",
         "| sweep | cells (run) | baseline, s | ours, s | ratio | asked | difference | of peak |",
         "|---|---|---|---|---|---|---|---|",
     ]
@@ -517,13 +520,15 @@ def table(result: dict) -> str:
             f"{m['readers']:.0f} MB ({m['readers s']:.2f} s with set-up), with half of the naive "
             f"loop's as `max_memory` {m['readers, half']:.0f} MB ({m['readers, half s']:.2f} s).",
         ]
+    if grown := result.get("growth"):
+        lines += ["", growth_table(grown)]
     return "\n".join(lines)
 
 
 def growth_table(rows: list[dict]) -> str:
     """The growth of the ratios as a Markdown table."""
     lines = [
-        "### Growth, small shape: ratio to one forward pass a head",
+        "Growth: ratio to one forward pass a head, as sizes grow.",
         "",
         "| | value | tokens | readers | writers |",
         "|---|---|---|---|---|",
@@ -554,7 +559,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=[*SHAPES, "both"], default="small")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--cells", type=int, help="baseline cells that are run; the rest is scaled")
-    parser.add_argument("--write", action="store_true", help="both shapes, into README.md")
+    parser.add_argument("--write", action="store_true", help="keep the result, remake README.md")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     parser.add_argument("--budget", type=float, default=0, help=argparse.SUPPRESS)
@@ -564,24 +569,32 @@ def main() -> None:
     if given.peak_of:
         peak_of(given.peak_of, given.shape, given.budget)
         return
-    shapes = ["small", "gpt2"] if given.write or given.shape == "both" else [given.shape]
+    shapes = ["small", "gpt2"] if given.shape == "both" else [given.shape]
     results = []
     for shape in shapes:
         print(f"{NAMES[shape]} on {given.device}", flush=True)
         result = measure(shape, given.device, given.cells)
         if given.device == "cpu":
             result["memory"] = memory(shape)
-        results.append(result)
-    grown = growth() if given.write else []
-    text = "\n\n".join(
-        [provenance(), *map(table, results)] + ([growth_table(grown)] if grown else [])
-    )
+        if shape == "small" and given.write:
+            result["growth"] = growth()
+        results.append(result | {"provenance": provenance()})
+        if given.write:
+            write(results[-1])
+    text = "\n\n".join(map(table, results))
     print(json.dumps(results, indent=2) if given.json else "\n" + text)
-    if given.write:
-        readme = HERE / "README.md"
-        mark = "<!-- made by bench_patching.py --write -->"
-        head = readme.read_text("utf-8").split(mark)[0]
-        readme.write_text(f"{head}{mark}\n\n{text}\n", "utf-8")
+
+
+def write(result: dict) -> None:
+    """Keep one shape's result, and make the tables of README.md anew from all that is kept."""
+    kept, readme = HERE / "patching.json", HERE / "README.md"
+    known = json.loads(kept.read_text("utf-8")) if kept.exists() else {}
+    known[result["shape"]] = result
+    kept.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n", "utf-8")
+    mark = "<!-- made by bench_patching.py --write -->"
+    head = readme.read_text("utf-8").split(mark)[0]
+    text = "\n\n".join(table(known[shape]) for shape in SHAPES if shape in known)
+    readme.write_text(f"{head}{mark}\n\n{text}\n", "utf-8")
 
 
 if __name__ == "__main__":
