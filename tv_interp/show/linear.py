@@ -117,11 +117,15 @@ def _heatmaps(arrays: Mapping[str, xr.DataArray], title: str) -> go.Figure:
     sheet = _Sheet(1, len(arrays), 360)
     for i, (name, array) in enumerate(arrays.items()):
         rows, cols = (str(dim) for dim in array.dims)
-        square = {"scaleanchor": f"x{i + 1 if i else ''}", "constrain": "domain"}
+        square = {
+            "scaleanchor": f"x{i + 1 if i else ''}",
+            "constrain": "domain",
+            "constraintoward": "top",
+        }
         x, y = sheet.panel(
             0, i, name,
             {"title": {"text": _AXES[cols]}, "type": "category", "showgrid": False,
-             "tickangle": 90, "constrain": "domain"},
+             "tickangle": 90, "constrain": "domain", "constraintoward": "left"},
             {"title": {"text": _AXES[rows] if i == 0 else ""}, "type": "category",
              "autorange": "reversed", "showgrid": False, **square},
         )  # fmt: skip
