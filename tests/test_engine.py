@@ -172,7 +172,7 @@ def numbers(measure, model, contrast) -> np.ndarray:
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("arch", ["gpt2", "gemma2", "phi"])
+@pytest.mark.parametrize("arch", ["gemma2", "phi"])
 def test_every_level_of_fallback_gives_the_same_numbers(arch, level, kind, monkeypatch):
     model, contrast = tiny_model(arch, kind), a_contrast(arch, kind, "rugged")
     fast = {name: numbers(f, model, contrast) for name, f in MEASURES.items()}
@@ -193,8 +193,8 @@ def test_every_level_of_fallback_gives_the_same_numbers(arch, level, kind, monke
         assert error < 1e-5 < 1e-3 < np.abs(expected).max(), name
 
 
-def test_a_model_that_cannot_be_replayed_is_warned_of_once(kind, monkeypatch):
-    """Here block 1 adds what depends on how often it has run."""
+def test_a_model_that_cannot_be_replayed_is_warned_of_once(kind):
+    """Here what block 1 gives depends on how often it has run."""
     model = build(kind)
     contrast = pairs(model)
     calls = []
@@ -310,16 +310,16 @@ def test_one_prompt_and_64(n_prompts, kind):
     assert len(contrast) == n_prompts
     heads = [(0, 2), (1, 1)]
     recorded = record(model, contrast)
-    for at in ("answer", "query_is"):
-        found = cells_of(patch_heads(model, contrast, at=at, recorded=recorded), heads)
-        expected = naive.patch_heads(model, contrast, [[h] for h in heads], at)
-        agree(f"{n_prompts} {at}", found, expected, torch.float32)
-    local = cells_of(patch_local_paths(model, contrast, recorded=recorded), heads[:1])
-    expected = naive.patch_local_paths(model, contrast, heads[:1], "answer")
-    agree(f"{n_prompts} local", local, expected, torch.float32)
+    for at, head in zip(("answer", "query_is"), heads, strict=True):
+        found = cells_of(patch_heads(model, contrast, at=at, recorded=recorded), [head])
+        agree(at, found, naive.patch_heads(model, contrast, [[head]], at), torch.float32)
     joint = patch_interactions(model, contrast, heads=heads, at="answer", recorded=recorded)
     expected = naive_interactions(model, contrast, heads, "answer")
-    np.testing.assert_allclose(joint.data.values, expected, atol=2e-5)
+    agree("interaction", joint.data, expected, torch.float32)
+    if n_prompts == 1:
+        local = cells_of(patch_local_paths(model, contrast, recorded=recorded), heads)
+        expected = naive.patch_local_paths(model, contrast, heads, "answer")
+        agree("local", local, expected, torch.float32)
 
 
 @pytest.mark.parametrize("name", METRICS)
@@ -412,7 +412,7 @@ def test_a_wrong_prefix_or_donor_is_far_off(wrong, kind):
 @pytest.mark.parametrize("arch", ["gpt2", "llama"])
 def test_bfloat16_is_as_good_as_its_own_naive_loop(arch, kind):
     """Root mean square difference of effects, over the root mean square of the logits."""
-    model, contrast = tiny_model(arch, kind, torch.bfloat16), a_contrast(arch, kind, "rugged", 8)
+    model, contrast = tiny_model(arch, kind, torch.bfloat16), a_contrast(arch, kind, "rugged", 4)
     exact = tiny_model(arch, kind)
 
     def diff(logits, prompts, i):
@@ -429,16 +429,10 @@ def test_bfloat16_is_as_good_as_its_own_naive_loop(arch, kind):
             return float(np.sqrt((error**2).mean())) / scale
 
         apart, error, naive_error = rms(ours - loop), rms(ours - truth), rms(loop - truth)
-        print(
-            arch,
-            kind,
-            at,
-            f"{apart:.4f} {error:.4f} {naive_error:.4f}",
-            np.abs(ours - loop).max() / scale,
-            rms(truth),
-        )
-        note_difference(f"bfloat16 {arch} {kind} {at}", apart)
-        assert apart <= 0.01
+        note_difference(f"from its loop, {at}", apart)
+        note_difference(f"from float32, {at}", error)
+        assert apart <= 0.01 < 0.05 < rms(truth)
+        assert 0 < error <= 1.01 * naive_error <= 0.03
 
 
 # ------------------------------------------------------------------------------- left as found
@@ -709,10 +703,9 @@ def race_errors(shape: str, tolerance: float = 0.0, n_races: int = 200) -> tuple
 @pytest.mark.parametrize("shape", ["normal", "exponential", "zero-inflated"])
 def test_settled_races_are_wrong_in_at_most_5_percent(shape):
     wrong, share = race_errors(shape)
-    print(shape, wrong, share)
     assert wrong <= 0.05 and share < 1
 
 
 def test_tolerance_saves_runs_and_bounds_the_loss():
-    exact, with_tolerance = race_errors("normal"), race_errors("normal", 0.3)
+    exact, with_tolerance = race_errors("normal", 0.0, 60), race_errors("normal", 0.3, 60)
     assert with_tolerance[0] <= 0.05 and with_tolerance[1] < exact[1] - 0.02
