@@ -700,6 +700,23 @@ def race_errors(shape: str, tolerance: float = 0.0, n_races: int = 200) -> tuple
     return float(np.mean(wrong)), float(np.mean(share))
 
 
+def test_who_has_left_a_race_does_not_come_back():
+    """Else it would miss the prompts between, and the race end without being settled."""
+    rng = np.random.default_rng(0)
+    values = np.array([1.0, 0.5, 1.0]) + 1e-3 * rng.normal(size=(N, 3))
+    values[8:20, 0] += 3 * rng.normal(size=12)  # what had beaten candidate 1 becomes uncertain,
+    values[:, 2] += 2 * rng.normal(size=N)  # and what had not yet stays so
+    race, start = Race(3, N, 1, 0.05 / 12), 0
+    for stop in _looks(N):
+        race = race.look(values[start:stop][:, race.undecided])
+        start = stop
+        assert 1 not in race.undecided and race.seen[1] == 8
+        if race.settled:
+            break
+    assert race.settled and race.seen[0] == race.seen[2] == N
+    assert race.top == [int(abs(values.mean(0)).argmax())]
+
+
 @pytest.mark.parametrize("shape", ["normal", "exponential", "zero-inflated"])
 def test_settled_races_are_wrong_in_at_most_5_percent(shape):
     wrong, share = race_errors(shape)

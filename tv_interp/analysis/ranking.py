@@ -101,8 +101,11 @@ def rank_heads(
     Heads race over prompts in random order, 8 at the first look and 1.6 times as many at each
     further one. A head's interval for its mean over **all** prompts is Student's t with the finite
     population's correction, divided over heads and looks after Bonferroni, so that with probability
-    ``confidence`` all hold at every look, as far as t holds: a head that matters in one prompt out
-    of thirty can be missed. After the last look nothing is left to chance.
+    ``confidence`` all hold at every look, as far as t holds. A head that matters in one prompt out
+    of thirty can be missed: in 1000 simulated races of such heads (`race_errors` in
+    tests/test_engine.py; 16 heads, 64 prompts, k 4) 3.4 % had a wrong top k, and none with normal
+    or exponential effects or effects in one prompt out of ten. A head that has left does not come
+    back; one that stays to the last look is known exactly.
 
     Args:
         model: A HookedTransformer or TransformerBridge in eval mode.
@@ -230,7 +233,8 @@ class Race:
     def look(self, values: np.ndarray) -> Race:
         """Show ``values [prompt, undecided candidate]`` and work out the intervals anew.
 
-        All intervals hold at once, so what two looks leave is what both allow.
+        They replace those of earlier looks. To intersect them would keep for good an interval of
+        no width, which the first prompts give where all of them show the same.
         """
         after = Race(len(self.values), self.n_prompts, self.k, self.level, self.tolerance)
         after.lo, after.hi, after.values = self.lo.copy(), self.hi.copy(), list(self.values)
@@ -242,10 +246,7 @@ class Race:
                 continue
             error = after.values[i].std(ddof=1) / np.sqrt(n) * np.sqrt(1 - n / self.n_prompts)
             width = stats.t.ppf(1 - self.level / 2, n - 1) * error
-            lo, hi = max(self.lo[i], mean - width), min(self.hi[i], mean + width)
-            if lo > hi:  # one of the two has missed
-                lo, hi = mean - width, mean + width
-            after.lo[i], after.hi[i] = lo, hi
+            after.lo[i], after.hi[i] = mean - width, mean + width
         after.undecided = after._still_undecided(self.undecided)
         return after
 
