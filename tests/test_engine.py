@@ -233,6 +233,43 @@ def test_local_paths_equal_the_naive_loop(arch, kind, dtype):
             assert (scores.data.sel(layer=2) == 0).all()  # only the last token is read there
 
 
+def uneven(arch: str, kind: str):
+    """Two prompts of equal length, so of one batch, whose answers are at different tokens."""
+    contrast = a_contrast(arch, kind, "rugged", 24)
+    for rows, _ in contrast.clean.buckets():
+        places = contrast.clean.positions("answer")[rows]
+        other = (places != places[0]).any(1).nonzero()[:, 0]
+        if len(other):
+            return contrast.select(rows[[0, int(other[0])]])
+    raise AssertionError("no two prompts of equal length differ")
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "gemma2", "phi"])
+def test_one_batch_whose_rows_change_at_different_tokens(arch, kind):
+    """What one row changes is frozen in the other, in all that lays rows side by side."""
+    model, contrast = tiny_model(arch, kind), uneven(arch, kind)
+    recorded = record(model, contrast)
+    assert [len(rows) for rows, _ in recorded.clean.kept] == [2]
+    heads = [(0, 1), (1, 2)]
+    for at in ("answer", "x"):
+        local = cells_of(patch_local_paths(model, contrast, at=at, recorded=recorded), heads)
+        expected = naive.patch_local_paths(model, contrast, heads, at)
+        agree(f"local {at}", local, expected, torch.float32)
+    total = cells_of(patch_heads(model, contrast, recorded=recorded), heads)
+    expected = naive.patch_heads(model, contrast, [[h] for h in heads], "answer")
+    agree("writers", total, expected, torch.float32)
+    cut = cells_of(knock_out(model, contrast.clean, dest="answer", src="x"), heads)
+    expected = naive.knock_out(model, contrast.clean, [[h] for h in heads], "answer", "x")
+    agree("knock-out", cut, expected, torch.float32)
+    for through in THROUGH:
+        scores = patch_paths(
+            model, contrast, through=through, recorded=recorded, **READER | {"via": "kv"}
+        )
+        paths = [(s, (2, 3), "kv") for s in READER["senders"]]
+        expected = naive.patch_paths(model, contrast, paths, through=through)
+        agree(f"paths {through}", scores.data, expected, torch.float32)
+
+
 @each_model
 def test_interactions_equal_the_naive_loop(arch, kind, dtype):
     model = tiny_model(arch, kind, dtype)
