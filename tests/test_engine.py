@@ -172,7 +172,7 @@ def numbers(measure, model, contrast) -> np.ndarray:
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("arch", ["gpt2", "gemma2", "phi"])
+@pytest.mark.parametrize("arch", ["gemma2", "phi"])
 def test_every_level_of_fallback_gives_the_same_numbers(arch, level, kind, monkeypatch):
     model, contrast = tiny_model(arch, kind), a_contrast(arch, kind, "rugged")
     fast = {name: numbers(f, model, contrast) for name, f in MEASURES.items()}
@@ -193,8 +193,8 @@ def test_every_level_of_fallback_gives_the_same_numbers(arch, level, kind, monke
         assert error < 1e-5 < 1e-3 < np.abs(expected).max(), name
 
 
-def test_a_model_that_cannot_be_replayed_is_warned_of_once(kind, monkeypatch):
-    """Here block 1 adds what depends on how often it has run."""
+def test_a_model_that_cannot_be_replayed_is_warned_of_once(kind):
+    """Here what block 1 gives depends on how often it has run."""
     model = build(kind)
     contrast = pairs(model)
     calls = []
@@ -231,6 +231,43 @@ def test_local_paths_equal_the_naive_loop(arch, kind, dtype):
             expected = naive.patch_local_paths(model, contrast, heads, at, direction)
             agree(f"local {at}", cells_of(scores, heads), expected, dtype)
             assert (scores.data.sel(layer=2) == 0).all()  # only the last token is read there
+
+
+def uneven(arch: str, kind: str):
+    """Two prompts of equal length, so of one batch, whose answers are at different tokens."""
+    contrast = a_contrast(arch, kind, "rugged", 24)
+    for rows, _ in contrast.clean.buckets():
+        places = contrast.clean.positions("answer")[rows]
+        other = (places != places[0]).any(1).nonzero()[:, 0]
+        if len(other):
+            return contrast.select(rows[[0, int(other[0])]])
+    raise AssertionError("no two prompts of equal length differ")
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "gemma2", "phi"])
+def test_one_batch_whose_rows_change_at_different_tokens(arch, kind):
+    """What one row changes is frozen in the other, in all that lays rows side by side."""
+    model, contrast = tiny_model(arch, kind), uneven(arch, kind)
+    recorded = record(model, contrast)
+    assert [len(rows) for rows, _ in recorded.clean.kept] == [2]
+    heads = [(0, 1), (1, 2)]
+    for at in ("answer", "x"):
+        local = cells_of(patch_local_paths(model, contrast, at=at, recorded=recorded), heads)
+        expected = naive.patch_local_paths(model, contrast, heads, at)
+        agree(f"local {at}", local, expected, torch.float32)
+    total = cells_of(patch_heads(model, contrast, recorded=recorded), heads)
+    expected = naive.patch_heads(model, contrast, [[h] for h in heads], "answer")
+    agree("writers", total, expected, torch.float32)
+    cut = cells_of(knock_out(model, contrast.clean, dest="answer", src="x"), heads)
+    expected = naive.knock_out(model, contrast.clean, [[h] for h in heads], "answer", "x")
+    agree("knock-out", cut, expected, torch.float32)
+    for through in THROUGH:
+        scores = patch_paths(
+            model, contrast, through=through, recorded=recorded, **READER | {"via": "kv"}
+        )
+        paths = [(s, (2, 3), "kv") for s in READER["senders"]]
+        expected = naive.patch_paths(model, contrast, paths, through=through)
+        agree(f"paths {through}", scores.data, expected, torch.float32)
 
 
 @each_model
@@ -310,16 +347,16 @@ def test_one_prompt_and_64(n_prompts, kind):
     assert len(contrast) == n_prompts
     heads = [(0, 2), (1, 1)]
     recorded = record(model, contrast)
-    for at in ("answer", "query_is"):
-        found = cells_of(patch_heads(model, contrast, at=at, recorded=recorded), heads)
-        expected = naive.patch_heads(model, contrast, [[h] for h in heads], at)
-        agree(f"{n_prompts} {at}", found, expected, torch.float32)
-    local = cells_of(patch_local_paths(model, contrast, recorded=recorded), heads[:1])
-    expected = naive.patch_local_paths(model, contrast, heads[:1], "answer")
-    agree(f"{n_prompts} local", local, expected, torch.float32)
+    for at, head in zip(("answer", "query_is"), heads, strict=True):
+        found = cells_of(patch_heads(model, contrast, at=at, recorded=recorded), [head])
+        agree(at, found, naive.patch_heads(model, contrast, [[head]], at), torch.float32)
     joint = patch_interactions(model, contrast, heads=heads, at="answer", recorded=recorded)
     expected = naive_interactions(model, contrast, heads, "answer")
-    np.testing.assert_allclose(joint.data.values, expected, atol=2e-5)
+    agree("interaction", joint.data, expected, torch.float32)
+    if n_prompts == 1:
+        local = cells_of(patch_local_paths(model, contrast, recorded=recorded), heads)
+        expected = naive.patch_local_paths(model, contrast, heads, "answer")
+        agree("local", local, expected, torch.float32)
 
 
 @pytest.mark.parametrize("name", METRICS)
@@ -412,7 +449,7 @@ def test_a_wrong_prefix_or_donor_is_far_off(wrong, kind):
 @pytest.mark.parametrize("arch", ["gpt2", "llama"])
 def test_bfloat16_is_as_good_as_its_own_naive_loop(arch, kind):
     """Root mean square difference of effects, over the root mean square of the logits."""
-    model, contrast = tiny_model(arch, kind, torch.bfloat16), a_contrast(arch, kind, "rugged", 8)
+    model, contrast = tiny_model(arch, kind, torch.bfloat16), a_contrast(arch, kind, "rugged", 4)
     exact = tiny_model(arch, kind)
 
     def diff(logits, prompts, i):
@@ -429,16 +466,10 @@ def test_bfloat16_is_as_good_as_its_own_naive_loop(arch, kind):
             return float(np.sqrt((error**2).mean())) / scale
 
         apart, error, naive_error = rms(ours - loop), rms(ours - truth), rms(loop - truth)
-        print(
-            arch,
-            kind,
-            at,
-            f"{apart:.4f} {error:.4f} {naive_error:.4f}",
-            np.abs(ours - loop).max() / scale,
-            rms(truth),
-        )
-        note_difference(f"bfloat16 {arch} {kind} {at}", apart)
-        assert apart <= 0.01
+        note_difference(f"from its loop, {at}", apart)
+        note_difference(f"from float32, {at}", error)
+        assert apart <= 0.01 < 0.05 < rms(truth)
+        assert 0 < error <= 1.01 * naive_error <= 0.03
 
 
 # ------------------------------------------------------------------------------- left as found
@@ -706,13 +737,29 @@ def race_errors(shape: str, tolerance: float = 0.0, n_races: int = 200) -> tuple
     return float(np.mean(wrong)), float(np.mean(share))
 
 
+def test_who_has_left_a_race_does_not_come_back():
+    """Else it would miss the prompts between, and the race end without being settled."""
+    rng = np.random.default_rng(0)
+    values = np.array([1.0, 0.5, 1.0]) + 1e-3 * rng.normal(size=(N, 3))
+    values[8:20, 0] += 3 * rng.normal(size=12)  # what had beaten candidate 1 becomes uncertain,
+    values[:, 2] += 2 * rng.normal(size=N)  # and what had not yet stays so
+    race, start = Race(3, N, 1, 0.05 / 12), 0
+    for stop in _looks(N):
+        race = race.look(values[start:stop][:, race.undecided])
+        start = stop
+        assert 1 not in race.undecided and race.seen[1] == 8
+        if race.settled:
+            break
+    assert race.settled and race.seen[0] == race.seen[2] == N
+    assert race.top == [int(abs(values.mean(0)).argmax())]
+
+
 @pytest.mark.parametrize("shape", ["normal", "exponential", "zero-inflated"])
 def test_settled_races_are_wrong_in_at_most_5_percent(shape):
     wrong, share = race_errors(shape)
-    print(shape, wrong, share)
     assert wrong <= 0.05 and share < 1
 
 
 def test_tolerance_saves_runs_and_bounds_the_loss():
-    exact, with_tolerance = race_errors("normal"), race_errors("normal", 0.3)
+    exact, with_tolerance = race_errors("normal", 0.0, 60), race_errors("normal", 0.3, 60)
     assert with_tolerance[0] <= 0.05 and with_tolerance[1] < exact[1] - 0.02

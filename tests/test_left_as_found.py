@@ -11,8 +11,17 @@ import torch
 from conftest import KINDS, tiny_model
 from random_models import hf_model, word_tokenizer, words
 
-from tv_interp.analysis.heads import knock_out, patch_heads, patch_sources, patch_together
+from tv_interp.analysis.heads import (
+    knock_out,
+    patch_heads,
+    patch_local_paths,
+    patch_sources,
+    patch_together,
+)
+from tv_interp.analysis.interactions import patch_interactions
 from tv_interp.analysis.paths import patch_paths
+from tv_interp.analysis.positions import patch_positions
+from tv_interp.analysis.ranking import rank_heads
 from tv_interp.errors import ModelError, PromptError, UnknownName
 from tv_interp.interventions import Patch, Site, record, run_variants
 from tv_interp.models.adapter import Adapter
@@ -36,6 +45,16 @@ CALLS = {
         model, contrast, receivers=[(1, 1)], metric=metric
     ),
     "knock_out": lambda model, contrast, metric: knock_out(model, contrast.clean, metric=metric),
+    "patch_local_paths": lambda model, contrast, metric: patch_local_paths(
+        model, contrast, metric=metric
+    ),
+    "patch_positions": lambda model, contrast, metric: patch_positions(
+        model, contrast, by="token", metric=metric
+    ),
+    "patch_interactions": lambda model, contrast, metric: patch_interactions(
+        model, contrast, heads=[(0, 1), (1, 0)], metric=metric
+    ),
+    "rank_heads": lambda model, contrast, metric: rank_heads(model, contrast, k=2, metric=metric),
 }
 
 

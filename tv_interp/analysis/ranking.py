@@ -101,8 +101,11 @@ def rank_heads(
     Heads race over prompts in random order, 8 at the first look and 1.6 times as many at each
     further one. A head's interval for its mean over **all** prompts is Student's t with the finite
     population's correction, divided over heads and looks after Bonferroni, so that with probability
-    ``confidence`` all hold at every look, as far as t holds: a head that matters in one prompt out
-    of thirty can be missed. After the last look nothing is left to chance.
+    ``confidence`` all hold at every look, as far as t holds. A head that matters in one prompt out
+    of thirty can be missed: in 1000 simulated races of such heads (`race_errors` in
+    tests/test_engine.py; 16 heads, 64 prompts, k 4) 3.4 % had a wrong top k, and none with normal
+    or exponential effects or effects in one prompt out of ten. A head that has left does not come
+    back; one that stays to the last look is known exactly.
 
     Args:
         model: A HookedTransformer or TransformerBridge in eval mode.
@@ -185,6 +188,8 @@ class Race:
         values: For each candidate, what it has shown so far.
         lo: Lower ends of the intervals of the means over all prompts.
         hi: Upper ends.
+        undecided: Candidates that may be among the top k, and may not, and have prompts left to
+            see. Who has left does not come back: the intervals of that look hold as well.
     """
 
     def __init__(
@@ -195,6 +200,7 @@ class Race:
         self.n_prompts, self.k, self.level, self.tolerance = n_prompts, k, level, tolerance
         self.lo = np.full(n_candidates, -np.inf)
         self.hi = np.full(n_candidates, np.inf)
+        self.undecided = list(range(n_candidates))
 
     @property
     def seen(self) -> np.ndarray:
@@ -213,21 +219,6 @@ class Race:
         return least, np.maximum(abs(self.lo), abs(self.hi))
 
     @property
-    def undecided(self) -> list[int]:
-        """Candidates that may be among the top k, and may not, and have prompts left to see."""
-        least, most = self.bounds
-        out = []
-        for i in np.flatnonzero(self.seen < self.n_prompts):
-            beaten = (least > most[i] - self.tolerance).sum() - (
-                least[i] > most[i] - self.tolerance
-            )
-            ahead = (most - self.tolerance >= least[i]).sum()
-            ahead -= most[i] - self.tolerance >= least[i]
-            if beaten < self.k <= ahead:
-                out.append(int(i))
-        return out
-
-    @property
     def settled(self) -> bool:
         """Whether no candidate is undecided any more."""
         return not self.undecided
@@ -240,7 +231,11 @@ class Race:
         return np.lexsort((-abs(self.mean), beaten))[: self.k].tolist()
 
     def look(self, values: np.ndarray) -> Race:
-        """Show ``values [prompt, undecided candidate]`` and work out the intervals anew."""
+        """Show ``values [prompt, undecided candidate]`` and work out the intervals anew.
+
+        They replace those of earlier looks. To intersect them would keep for good an interval of
+        no width, which the first prompts give where all of them show the same.
+        """
         after = Race(len(self.values), self.n_prompts, self.k, self.level, self.tolerance)
         after.lo, after.hi, after.values = self.lo.copy(), self.hi.copy(), list(self.values)
         for i, new in zip(self.undecided, values.T, strict=True):
@@ -252,4 +247,18 @@ class Race:
             error = after.values[i].std(ddof=1) / np.sqrt(n) * np.sqrt(1 - n / self.n_prompts)
             width = stats.t.ppf(1 - self.level / 2, n - 1) * error
             after.lo[i], after.hi[i] = mean - width, mean + width
+        after.undecided = after._still_undecided(self.undecided)
         return after
+
+    def _still_undecided(self, candidates: list[int]) -> list[int]:
+        least, most = self.bounds
+        out = []
+        for i in (c for c in candidates if len(self.values[c]) < self.n_prompts):
+            beaten = (least > most[i] - self.tolerance).sum() - (
+                least[i] > most[i] - self.tolerance
+            )
+            ahead = (most - self.tolerance >= least[i]).sum()
+            ahead -= most[i] - self.tolerance >= least[i]
+            if beaten < self.k <= ahead:
+                out.append(i)
+        return out
