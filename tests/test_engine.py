@@ -339,7 +339,7 @@ def test_prompts_of_several_lengths_have_no_common_tokens(kind):
             patch_interactions(model, contrast, heads=heads)
 
 
-@pytest.mark.parametrize("n_prompts", [1, 64])
+@pytest.mark.parametrize("n_prompts", [1, pytest.param(64, marks=pytest.mark.slow)])
 def test_one_prompt_and_64(n_prompts, kind):
     model = tiny_model("gpt2", kind)
     contrast = a_contrast("gpt2", kind, "rugged", max(n_prompts, 2))
