@@ -154,6 +154,11 @@ def all_heads(adapter: Adapter) -> list[Head]:
     return list(itertools.product(range(adapter.n_layers), range(adapter.n_heads)))
 
 
+def head_coords(adapter: Adapter) -> dict[str, np.ndarray]:
+    """Label the axes of scores over all heads."""
+    return {"layer": np.arange(adapter.n_layers), "head": np.arange(adapter.n_heads)}
+
+
 def as_sites(heads: Iterable[Site | Head | str], at: str, adapter: Adapter) -> list[Site]:
     """Accept sites, their text, or (layer, head) pairs; a head named twice counts once.
 

@@ -33,7 +33,15 @@ from ..prompts import Contrast, Prompts
 from ..prompts.roles import DEMO_ROLES, ROLE_NAMES, Role, parse_role
 from ..scores import Metric, Scores, get_metric
 from ..scores.metrics import Targets
-from .common import Direction, Experiment, all_heads, as_sites, label_scores, provenance
+from .common import (
+    Direction,
+    Experiment,
+    all_heads,
+    as_sites,
+    head_coords,
+    label_scores,
+    provenance,
+)
 
 Part = Literal["pattern", "q", "k", "value", "interaction", "both", "kv"]
 PARTS: tuple[Part, ...] = ("pattern", "q", "k", "value", "interaction", "both", "kv")
@@ -89,7 +97,7 @@ def patch_heads(
     shape = (len(contrast), n_layers, n_heads, len(each))
     label = f"{direction} {at}" if progress else None
     effects = run.effects(variants, label).reshape(shape)
-    coords = {"layer": np.arange(n_layers), "head": np.arange(n_heads)}
+    coords = head_coords(run.adapter)
     if demos == "joint":
         return run.scores(effects[..., 0], ("layer", "head"), coords, demos=demos)
     return run.scores(
@@ -111,8 +119,7 @@ def patch_local_paths(
 
     The **local path effect**: as the write effect, but every token other than those of the role
     and the last one stays as it was, so what the head wrote cannot travel through them. It is
-    another quantity than the write effect, not a faster way to it (the two correlated by -.6 on
-    one random model).
+    another quantity than the write effect, not a faster way to it.
 
     Args:
         model: As in `patch_heads`.
@@ -138,7 +145,7 @@ def patch_local_paths(
     return run.scores(
         effects.reshape(len(contrast), n_layers, n_heads),
         ("layer", "head"),
-        {"layer": np.arange(n_layers), "head": np.arange(n_heads)},
+        head_coords(run.adapter),
         effect="local path",
     )
 
@@ -549,7 +556,7 @@ def knock_out(
     if sets is None:
         effects = effects.reshape(len(prompts), adapter.n_layers, adapter.n_heads)
         dims = ("layer", "head")
-        coords = {"layer": np.arange(adapter.n_layers), "head": np.arange(adapter.n_heads)}
+        coords = head_coords(adapter)
     return label_scores(
         effects, dims, coords, unit=metric.unit,
         total=None if chance is None else value - chance, prompts=prompts, attrs=attrs,

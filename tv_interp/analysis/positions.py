@@ -14,7 +14,7 @@ from ..interventions.sites import Patch, Site, Variant
 from ..prompts import Contrast, Prompts
 from ..prompts.roles import ROLE_NAMES
 from ..scores import Metric, Scores
-from .common import Direction, Experiment, all_heads
+from .common import Direction, Experiment, all_heads, head_coords
 
 By = Literal["role", "token"]
 BY: tuple[By, ...] = ("role", "token")
@@ -80,7 +80,7 @@ def patch_positions(
     effects = run.effects(variants, f"{direction} by {by}" if progress else None)
     n_layers, n_heads = run.adapter.n_layers, run.adapter.n_heads
     effects = effects.reshape(len(contrast), len(places), n_layers, n_heads)
-    coords = {"layer": np.arange(n_layers), "head": np.arange(n_heads)}
+    coords = head_coords(run.adapter)
     dim = "role" if by == "role" else "dest"
     dims = ("layer", "head", dim)
     return run.scores(np.moveaxis(effects, 1, -1), dims, coords | {dim: places}, at=by)

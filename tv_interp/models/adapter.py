@@ -217,7 +217,7 @@ class Adapter:
             The block's output, or what ``until`` names: keys and values as the cache stores them,
             or the activation.
         """
-        axis = 2 if self._is_bridge else 1
+        axis = self._position_axis
         prefix = None
         if front is None and len(layout.front):
             front = tuple(  # type: ignore[assignment]
@@ -259,7 +259,7 @@ class Adapter:
         fresh: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, Tensor]:
         """Put fresh keys and values behind the recorded ones of the tokens before ``start``."""
-        axis = 2 if self._is_bridge else 1
+        axis = self._position_axis
         before, recorded = torch.arange(start), (tape.keys, tape.values)
         kept = (_some(_some(t[layer], axis, before), 0, rows) for t in recorded)
         keys, values = (torch.cat(both, axis) for both in zip(kept, fresh, strict=True))
@@ -267,7 +267,7 @@ class Adapter:
 
     def in_front(self, tapes: Sequence[Tape], layer: int, layout: Layout) -> tuple[Tensor, Tensor]:
         """Get the keys and values in front of a layout in several runs, one below the other."""
-        axis = 2 if self._is_bridge else 1
+        axis = self._position_axis
         keys, values = (
             torch.cat([_some(run[layer], axis, layout.front) for run in runs])
             for runs in ([t.keys for t in tapes], [t.values for t in tapes])
@@ -283,7 +283,7 @@ class Adapter:
         mask: Bool[Tensor, "row pos"],
     ) -> tuple[Tensor, Tensor]:
         """Get the keys and values in front of a layout, the marked keys from another run."""
-        axis = 2 if self._is_bridge else 1
+        axis = self._position_axis
         ours, theirs, values = (
             _some(kept[layer], axis, layout.front) for kept in (tape.keys, other.keys, tape.values)
         )
@@ -357,6 +357,11 @@ class Adapter:
     @cached_property
     def _points(self) -> Mapping[str, Any]:
         return self.model.hook_dict  # a bridge builds it anew each time it is asked
+
+    @property
+    def _position_axis(self) -> int:
+        """Axis of positions in the keys and values that a cache stores."""
+        return 2 if self._is_bridge else 1
 
     @property
     def _is_bridge(self) -> bool:
