@@ -344,13 +344,13 @@ class _Look:
         self.adapter, self.layer, self.tapes = run.adapter, layer, (base, donor)
         tokens = where.unique() if run.replays.groups else torch.arange(base.n_pos)
         self.layout = Layout.frozen(tokens)
-        self.slot = torch.searchsorted(tokens, where).to(self.adapter.device)
-        self.row = torch.arange(len(where), device=self.adapter.device)
+        self.slot = torch.searchsorted(tokens, where.contiguous()).to(self.adapter.device)
         self.v, self.v_donor = (self._values(tape) for tape in self.tapes)
         both, seen = self._attend(self.tapes)
         self.base, self.donor = both.chunk(2)
         self.theirs = {what: seen[what].chunk(2)[1] for what in ("q", "k")}
-        self._check_attention(seen["z"].chunk(2)[0])
+        row = torch.arange(len(where), device=self.adapter.device)
+        self._check_attention(base.z[layer][row, where.to(self.adapter.device)])
 
     def with_queries(self) -> Tensor:
         """Attention of the base run with the donor's queries."""
@@ -370,7 +370,9 @@ class _Look:
         groups = [self.adapter.kv_head(head) for head in heads]
         rows = [a[:, heads] for a in (self.base, self.donor, a_q, a_k)]
         a, a_donor, a_q, a_k = rows
-        v, v_donor = self.v[:, :, groups], self.v_donor[:, :, groups]
+        v, v_donor = self.v, self.v_donor
+        if groups != list(range(v.shape[2])):
+            v, v_donor = v[:, :, groups], v_donor[:, :, groups]
         return _Mixture(mask[:, None], a, a_donor, a_q, a_k, v, v_donor)
 
     def _attend(
@@ -379,17 +381,17 @@ class _Look:
         edits: Mapping[str, Edit] | None = None,
         front: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Float[Tensor, "row head src"], dict[str, Tensor]]:
-        """Call the block on runs, one below the other, until it has attended.
+        """Call the block on runs, one below the other, until it knows what it attends to.
 
         Returns:
-            Attention with each key at its position, and the block's q, k and z.
+            Attention with each key at its position, and the block's q and k.
         """
         seen: dict[str, Tensor] = {}
-        reads = {(w, self.layer): lambda a, w=w: seen.update({w: a}) for w in ("q", "k", "pattern")}
+        reads = {(w, self.layer): lambda a, w=w: seen.update({w: a}) for w in ("q", "k")}
         tokens = self.layout.tokens.to(self.adapter.device)
         if front is None and len(self.layout.front):
-            front = self.adapter.in_front(tapes, self.layer, self.layout)
-        seen["z"] = self.adapter.block(
+            front = self.adapter.keys_in_front(tapes, self.layer, self.layout)
+        pattern = self.adapter.block(
             tapes[0],
             self.layer,
             torch.cat([tape.resid[self.layer][:, tokens] for tape in tapes]),
@@ -397,9 +399,9 @@ class _Look:
             front=front,
             edits={(w, self.layer): edit for w, edit in (edits or {}).items()},
             reads=reads,
-            until="z",
+            until="pattern",
         )
-        pattern, slot = seen["pattern"], self.slot.repeat(len(tapes))
+        slot = self.slot.repeat(len(tapes))
         out = pattern.new_zeros(*pattern.shape[:2], tapes[0].n_pos)
         row = torch.arange(len(out), device=out.device)
         out[..., self.layout.keys.to(out.device)] = pattern[row, :, slot]
@@ -411,10 +413,11 @@ class _Look:
         name = ("v", self.layer)
         return self.adapter.read_block(tape, self.layer, [name])[name]
 
-    def _check_attention(self, z: Float[Tensor, "row slot head d_head"]) -> None:
-        """Check that a head's output is its attention pattern times its values."""
-        adapter, z = self.adapter, z[self.row, self.slot]
-        v = self.v.repeat_interleave(adapter.n_heads // adapter.n_kv_heads, 2)
+    def _check_attention(self, z: Float[Tensor, "row head d_head"]) -> None:
+        """Check that a head's recorded output is its attention pattern times its values."""
+        adapter, v = self.adapter, self.v
+        if adapter.n_kv_heads < adapter.n_heads:
+            v = v.repeat_interleave(adapter.n_heads // adapter.n_kv_heads, 2)
         ours = _mix(self.base, v)
         error = (ours - z).abs().max() / (1 + z.abs().max())
         if error > (0.05 if z.dtype in (torch.bfloat16, torch.float16) else 1e-4):
@@ -447,23 +450,24 @@ class _Mixture(NamedTuple):
 
     def change(self, part: Part) -> Float[Tensor, "row head d_head"]:
         """Compute the change of z; see `patch_sources`."""
-        moved, other = self.a_donor - self.a, self.v_donor - self.v
         match part:
             case "pattern":
-                return _mix(moved * self.mask, self.v)
+                return _mix((self.a_donor - self.a) * self.mask, self.v)
             case "q":
                 return _mix((self.a_q - self.a) * self.mask, self.v)
             case "k":
                 return _mix(self.a_k - self.a, self.v)
             case "value":
-                return _mix(self.a * self.mask, other)
+                return _mix(self.a * self.mask, self.v_donor - self.v)
             case "interaction":
-                return _mix(moved * self.mask, other)
+                moved = self.a_donor - self.a
+                return _mix(moved * self.mask, self.v_donor - self.v)
             case "both":
                 theirs = _mix(self.a_donor * self.mask, self.v_donor)
                 return theirs - _mix(self.a * self.mask, self.v)
             case "kv":
-                return _mix(self.a_k - self.a, self.v) + _mix(self.a_k * self.mask, other)
+                moved = _mix(self.a_k - self.a, self.v)
+                return moved + _mix(self.a_k * self.mask, self.v_donor - self.v)
 
 
 def _mix(

@@ -196,7 +196,7 @@ class Adapter:
         front: tuple[Tensor, Tensor] | None = None,
         edits: Mapping[HookName, Edit] | None = None,
         reads: Mapping[HookName, Read] | None = None,
-        until: Literal["keys", "z", "attn_out"] | None = None,
+        until: Literal["keys", "pattern", "z", "attn_out"] | None = None,
     ) -> Any:
         """Call one block of a recorded run again, on some tokens.
 
@@ -210,8 +210,8 @@ class Adapter:
             front: Keys and values in front, as the cache stores them; None for the recorded ones.
             edits: As in `run`; what they see are the layout's tokens.
             reads: As in `run`.
-            until: ``"keys"`` ends the call once keys and values are computed, ``"z"`` and
-                ``"attn_out"`` once these are; None runs all of it.
+            until: ``"keys"`` ends the call once keys and values are computed, ``"pattern"``, ``"z"``
+                and ``"attn_out"`` once these are; None runs all of it.
 
         Returns:
             The block's output, or what ``until`` names: keys and values as the cache stores them,
@@ -240,7 +240,7 @@ class Adapter:
             seen.append(activation)
             raise Stop
 
-        if until in ("z", "attn_out"):
+        if until in ("pattern", "z", "attn_out"):
             reads = dict(reads or {}) | {(until, layer): stop}
         with torch.no_grad():
             try:
@@ -265,14 +265,16 @@ class Adapter:
         keys, values = (torch.cat(both, axis) for both in zip(kept, fresh, strict=True))
         return keys, values
 
-    def in_front(self, tapes: Sequence[Tape], layer: int, layout: Layout) -> tuple[Tensor, Tensor]:
-        """Get the keys and values in front of a layout in several runs, one below the other."""
+    def keys_in_front(
+        self, tapes: Sequence[Tape], layer: int, layout: Layout
+    ) -> tuple[Tensor, Tensor]:
+        """Get the keys in front of a layout in several runs, one below the other, and no values.
+
+        For a call that ends with the attention pattern, which comes before values are used.
+        """
         axis = self._position_axis
-        keys, values = (
-            torch.cat([_some(run[layer], axis, layout.front) for run in runs])
-            for runs in ([t.keys for t in tapes], [t.values for t in tapes])
-        )
-        return keys, values
+        keys = torch.cat([_some(tape.keys[layer], axis, layout.front) for tape in tapes])
+        return keys, torch.cat([tape.values[layer].narrow(axis, 0, 0) for tape in tapes])
 
     def exchanged(
         self,
