@@ -82,6 +82,7 @@ def test_importing_loads_no_heavy_library_and_prints_nothing():
 def test_the_public_names_are_these_and_all_of_them_load():
     assert tv.__all__ == [
         "Claims",
+        "Cell",
         "Contrast",
         "Convergence",
         "Cut",
@@ -91,11 +92,13 @@ def test_the_public_names_are_these_and_all_of_them_load():
         "HeadReport",
         "Metric",
         "Patch",
+        "Plan",
         "Prompts",
         "Recorded",
         "Role",
         "Scores",
         "Site",
+        "Swept",
         "Task",
         "TvInterpError",
         "VectorReport",
@@ -112,6 +115,7 @@ def test_the_public_names_are_these_and_all_of_them_load():
         "knock_out",
         "list_tasks",
         "load_model",
+        "load_sweep",
         "make_prompts",
         "measure_convergence",
         "measure_geometry",
@@ -124,6 +128,7 @@ def test_the_public_names_are_these_and_all_of_them_load():
         "patch_together",
         "rank_heads",
         "record",
+        "run_sweep",
         "run_variants",
         "write_report",
     ]

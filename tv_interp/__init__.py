@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .prompts import Contrast, Prompts, Role, Task, get_task, list_tasks, make_prompts
     from .scores import Metric, Scores
     from .show.report import write_report
+    from .sweep import Cell, Plan, Swept, load_sweep, run_sweep
 
 _HOME = {
     "Claims": ".analysis.claims",
@@ -85,10 +86,16 @@ _HOME = {
     "Metric": ".scores",
     "Scores": ".scores",
     "write_report": ".show.report",
+    "Cell": ".sweep",
+    "Plan": ".sweep",
+    "Swept": ".sweep",
+    "load_sweep": ".sweep",
+    "run_sweep": ".sweep",
 }
 
 __all__ = [  # noqa: PLE0604
     "Claims",
+    "Cell",
     "Contrast",
     "Convergence",
     "Cut",
@@ -98,11 +105,13 @@ __all__ = [  # noqa: PLE0604
     "HeadReport",
     "Metric",
     "Patch",
+    "Plan",
     "Prompts",
     "Recorded",
     "Role",
     "Scores",
     "Site",
+    "Swept",
     "Task",
     "TvInterpError",
     "VectorReport",
@@ -119,6 +128,7 @@ __all__ = [  # noqa: PLE0604
     "knock_out",
     "list_tasks",
     "load_model",
+    "load_sweep",
     "make_prompts",
     "measure_convergence",
     "measure_geometry",
@@ -131,6 +141,7 @@ __all__ = [  # noqa: PLE0604
     "patch_together",
     "rank_heads",
     "record",
+    "run_sweep",
     "run_variants",
     "write_report",
 ]

@@ -192,6 +192,48 @@ def linear(
         raise SystemExit(1)
 
 
+def sweep(
+    config: str,
+    out: str,
+    engine: Literal["inline", "pool", "ray", "slurm"] = "inline",
+    workers: int | None = None,
+    retries: int = 2,
+    json: bool = False,
+) -> None:
+    """Run a grid of models, tasks and seeds; goes on where it was; exit 1 if a cell failed.
+
+    Args:
+        config: YAML file with measure, grid and settings; see `tv_interp.sweep.Plan`.
+        out: Directory of the results: one file a cell, and one dataset a measure.
+        engine: Where cells run; ray and slurm need pip install 'tv-interp[cluster]'.
+        workers: How many at a time; by default the engine's choice.
+        retries: How often a cell that failed is tried again.
+        json: Print JSON instead of text.
+    """
+    import torch
+
+    from .scores.scores import save_dataset
+    from .sweep import Plan, load_sweep, run_sweep
+
+    plan = Plan.load(config)
+    if engine == "inline":
+        torch.set_num_threads(1)
+    swept = run_sweep(
+        plan, out, engine=engine, workers=workers, retries=retries, progress=sys.stderr.isatty()
+    )
+    written = []
+    for kind in dict.fromkeys((cell.measure, cell.metric) for cell in swept.done):
+        same = [cell for cell in swept.done if (cell.measure, cell.metric) == kind]
+        written.append(swept.out / f"{'-'.join(kind)}.nc")
+        save_dataset(load_sweep(swept.out, same), written[-1])
+    print(_dumps(swept.to_dict()) if json else swept)
+    if written:
+        names = ", ".join(map(str, written))
+        print(f"\nWrote {names}", file=sys.stderr if json else sys.stdout)
+    if swept.failed:
+        raise SystemExit(1)
+
+
 def tasks(family: str | None = None, json: bool = False) -> None:
     """List the tasks that ship with the package.
 
@@ -255,6 +297,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "heads": heads,
     "vectors": vectors,
     "linear": linear,
+    "sweep": sweep,
     "tasks": tasks,
     "models": models,
 }
@@ -301,12 +344,17 @@ def _add_options(parser: Any, function: Callable[..., None]) -> None:
     for name, parameter in inspect.signature(function).parameters.items():
         option = "--" + name.replace("_", "-")
         text = " ".join(help_of[name].split())
+        if parameter.default is parameter.empty and name == "config":
+            parser.add_argument(name, type=str, help=text)
+            continue
         if hints[name] is bool:
             parser.add_argument(option, action="store_true", help=text)
         elif hints[name] == list[str] | None:
             parser.add_argument(option, nargs="+", type=str, default=None, help=text)
         else:
-            parser.add_argument(option, type=hints[name], default=parameter.default, help=text)
+            required = parameter.default is parameter.empty
+            default = {} if required else {"default": parameter.default}
+            parser.add_argument(option, type=hints[name], required=required, help=text, **default)
 
 
 def _check_numbers(*, n_demos: int, n_prompts: int, fdr: float = 0.05) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +19,8 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
         FileError: if the file cannot be written; what was there before stays.
     """
     path = Path(path)
-    partial = path.with_name(path.name + ".partial")
+    # a name of its own: two processes may write the same file at once, and the later one stays
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         yield partial
         os.replace(partial, path)

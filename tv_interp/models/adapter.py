@@ -210,8 +210,8 @@ class Adapter:
             front: Keys and values in front, as the cache stores them; None for the recorded ones.
             edits: As in `run`; what they see are the layout's tokens.
             reads: As in `run`.
-            until: ``"keys"`` ends the call once keys and values are computed, ``"pattern"``, ``"z"``
-                and ``"attn_out"`` once these are; None runs all of it.
+            until: ``"keys"`` ends the call once keys and values are computed, ``"pattern"``,
+                ``"z"`` and ``"attn_out"`` once these are; None runs all of it.
 
         Returns:
             The block's output, or what ``until`` names: keys and values as the cache stores them,
