@@ -8,7 +8,7 @@ PYTEST_ARGS ?= -n auto
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-tl4 check fix environments clean
+.PHONY: help demo test test-tl4 check docs fix environments clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -28,6 +28,9 @@ check: .venv/.installed  ## formatting, lint and types
 	@.venv/bin/ruff check .
 	@PYRIGHT_PYTHON_IGNORE_WARNINGS=1 .venv/bin/pyright --pythonpath .venv/bin/python
 
+docs: .venv/.installed  ## build the documentation into docs/_build, warnings are errors
+	@.venv/bin/python -m sphinx -b html -q -W --keep-going docs docs/_build
+
 fix: .venv/.installed  ## format, and repair what ruff can repair
 	@.venv/bin/ruff check --fix .
 	@.venv/bin/ruff format .
@@ -35,7 +38,7 @@ fix: .venv/.installed  ## format, and repair what ruff can repair
 environments: .venv/.installed .venv-tl4/.installed  ## build both environments (-j2: side by side)
 
 clean:  ## remove environments, results and caches
-	@rm -rf .venv .venv-tl4 out build dist .pytest_cache .ruff_cache .hypothesis
+	@rm -rf .venv .venv-tl4 out build dist docs/_build docs/tutorials docs/_static .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/.installed: pyproject.toml constraints/cpu.txt
