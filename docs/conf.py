@@ -23,7 +23,8 @@ exclude_patterns = ["_build", "jupyter_execute"]
 html_theme = "furo"
 html_title = f"tv_interp {release}"
 html_copy_source = False
-html_static_path = ["_static"]
+html_static_path = ["_static", "assets"]
+html_css_files = ["style.css"]
 templates_path = []
 
 # The notebooks are shown as they ship: tests execute them, and building must not measure anew.
