@@ -17,6 +17,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.overrides import TorchFunctionMode
 
 ARCHITECTURES = ("gpt2", "llama", "mistral", "gpt_neox", "phi", "gemma2", "qwen2")
+OTHERS = ("gptj", "opt", "qwen3", "gemma3", "olmo2", "phi3", "stablelm", "granite")
+"""Further ones, which the table of benchmarks/breadth.py covers; a HookedTransformer holds none."""
 SPECIAL = ("<bos>", "<unk>", "<pad>")
 
 
@@ -74,6 +76,33 @@ def _config(arch: str, d_vocab: int, n_ctx: int, n_layers: int, window: int | No
         )
     if arch == "qwen2":
         return hf.Qwen2Config(hidden_size=64, use_sliding_window=False, **shared)
+    if arch == "gptj":
+        return hf.GPTJConfig(
+            n_embd=64, n_head=4, n_layer=n_layers, n_positions=n_ctx, n_inner=80, rotary_dim=8,
+            **tokens,
+        )  # fmt: skip
+    if arch == "opt":
+        sizes = {k: v for k, v in shared.items() if k in ("num_attention_heads", *tokens)}
+        return hf.OPTConfig(
+            hidden_size=64, word_embed_proj_dim=64, ffn_dim=72, num_hidden_layers=n_layers,
+            max_position_embeddings=n_ctx, **sizes,
+        )  # fmt: skip
+    if arch == "qwen3":
+        return hf.Qwen3Config(hidden_size=60, head_dim=16, **shared)
+    if arch == "gemma3":
+        return hf.Gemma3TextConfig(
+            hidden_size=60, head_dim=16, query_pre_attn_scalar=20, sliding_window=4 * n_ctx,
+            **{k: v for k, v in shared.items() if k != "rope_parameters"},
+        )  # fmt: skip
+    if arch == "olmo2":
+        return hf.Olmo2Config(hidden_size=64, **shared)
+    if arch == "phi3":
+        return hf.Phi3Config(hidden_size=64, **shared)
+    if arch == "stablelm":
+        sizes = {k: v for k, v in shared.items() if k != "rms_norm_eps"}
+        return hf.StableLmConfig(hidden_size=64, **sizes)
+    if arch == "granite":
+        return hf.GraniteConfig(hidden_size=64, **shared)
     raise KeyError(f"no random model of {arch!r}: known are {ARCHITECTURES}")
 
 

@@ -268,13 +268,15 @@ class Adapter:
     def keys_in_front(
         self, tapes: Sequence[Tape], layer: int, layout: Layout
     ) -> tuple[Tensor, Tensor]:
-        """Get the keys in front of a layout in several runs, one below the other, and no values.
+        """Get the keys in front of a layout in several runs, one below the other; values are 0.
 
-        For a call that ends with the attention pattern, which comes before values are used.
+        For a call whose attention pattern alone is wanted: that does not depend on values.
         """
         axis = self._position_axis
         keys = torch.cat([_some(tape.keys[layer], axis, layout.front) for tape in tapes])
-        return keys, torch.cat([tape.values[layer].narrow(axis, 0, 0) for tape in tapes])
+        shape = list(keys.shape)
+        shape[-1] = tapes[0].values[layer].shape[-1]
+        return keys, tapes[0].values[layer].new_zeros(()).expand(shape)
 
     def exchanged(
         self,
