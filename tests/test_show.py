@@ -513,3 +513,19 @@ def test_a_figure_shown_by_plotly_itself_has_no_share_button(browser, tmp_path):
     assert page.locator(".modebar-btn[data-title*=Download]").count() == 1
     assert page.locator(".modebar-btn[data-title*=Share]").count() == 0
     page.close()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("words", [4, 20, 40])
+def test_a_title_of_any_length_stands_between_the_top_and_the_plot(browser, words):
+    page = browser.new_page(viewport={"width": 1000, "height": 600})
+    page.set_default_timeout(240_000)
+    figure = scores(layer=2, head=2).plot(title="some words " * (words // 2))
+    page.set_content("<!doctype html>" + plots.plotly_script() + plots.fragment(figure, "figure"))
+    page.wait_for_selector(".gtitle")
+    box = "document.querySelector('{}').getBoundingClientRect()"
+    top = page.evaluate(box.format("#figure") + ".top")
+    title = page.evaluate(box.format(".gtitle") + ".toJSON()")
+    assert title["top"] >= top + 3
+    assert title["bottom"] <= page.evaluate(box.format(".heatmaplayer image") + ".top")
+    page.close()

@@ -643,8 +643,9 @@ class _Sheet:
             "height": top + 60 + plot,
             "margin": {"l": 60, "r": 20, "t": top, "b": 60},
             "title": {
-                "text": "<br>".join(heading), "font": {"size": 14}, "x": 0.01, "y": 0.99,
+                "text": "<br>".join(heading), "font": {"size": 14}, "x": 0.01, "y": 1,
                 "yref": "container", "yanchor": "top",
+                "pad": {"t": 12 if len(heading) == 1 else 20},  # plotly moves several lines up
             },
             "font": {"family": "system-ui, sans-serif", "size": 12, "color": "#222"},
             "legend": {
