@@ -22,7 +22,9 @@ import tv_interp as tv
 from tv_interp import cli
 from tv_interp.errors import FileError, ScoreError, TvInterpError
 from tv_interp.scores import Scores
-from tv_interp.sweep import Cell, Plan, load_sweep, run_sweep
+from tv_interp.sweep.compare import compare_heads, depth_profile
+from tv_interp.sweep.plan import Cell, Plan
+from tv_interp.sweep.run import load_sweep, run_sweep
 
 
 @functools.cache
@@ -413,7 +415,7 @@ def test_an_engine_that_is_not_installed_is_said(tmp_path, monkeypatch, engine, 
 
 
 def test_the_command_runs_a_file_and_names_what_failed(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("tv_interp.sweep._load", held)
+    monkeypatch.setattr("tv_interp.sweep.run._load", held)
     path, out = tmp_path / "plan.yaml", tmp_path / "out"
     path.write_text(
         "measure: [readers, vectors]\ngrid: {n_demos: [3, 500]}\nn_prompts: 4\nseed: 1\n"
@@ -428,3 +430,66 @@ def test_the_command_runs_a_file_and_names_what_failed(tmp_path, capsys, monkeyp
         cli.main(["sweep", str(path), "--out", str(out), "--json"])
     said = json.loads(capsys.readouterr().out)
     assert said["reused"] == 2 and len(said["failed"]) == 2
+
+
+# -------------------------------------------------------------------------------------- compare
+
+
+def made_up(effects: dict[str, np.ndarray], **fields: list) -> xr.Dataset:
+    """Cells of one prompt whose total is 1, by name."""
+    deepest = max(e.shape[0] for e in effects.values())
+    array = np.full((len(effects), 1, deepest, next(iter(effects.values())).shape[1]), np.nan)
+    for i, effect in enumerate(effects.values()):
+        array[i, 0, : len(effect)] = effect
+    total = ("cell", "prompt"), np.ones((len(effects), 1))
+    data = xr.Dataset({"effect": (("cell", "prompt", "layer", "head"), array), "total": total})
+    named = {"task": list(effects), "model": ["m"] * len(effects)} | fields
+    return data.assign_coords({k: ("cell", v) for k, v in named.items()})
+
+
+def test_tasks_that_share_their_heads_are_told_from_those_that_do_not():
+    rng = np.random.default_rng(0)
+    noise = [rng.normal(size=(8, 8)) * 0.01 for _ in range(3)]
+    for same in noise[:2]:
+        same[2, 1], same[3, 0], same[5, 7] = 1.0, -0.9, 0.5
+    noise[2][0, :3] = 1.0
+    table = compare_heads(made_up(dict(zip("abc", noise, strict=True))), k=3)
+    first = table.iloc[0]
+    assert (first.one, first.two, first.shared, first.heads) == ("a", "b", 3, "L2H1 L3H0 L5H7")
+    assert first.expected == 9 / 64
+    assert first.p == pytest.approx(1 / 41664)  # one of 64 over 3 choices
+    assert first.q == pytest.approx(3 / 41664)
+    assert (table.shared[1:] == 0).all() and (table.p[1:] == 1).all()
+
+
+def test_depth_is_relative_and_models_of_other_sizes_are_compared():
+    shallow, deep = np.zeros((2, 3)), np.zeros((8, 3))
+    shallow[1, 0], deep[6, 1], deep[1, 2] = 2.0, -3.0, 1.0
+    data = made_up({"s": shallow, "d": deep}, model=["small", "large"])
+    table = depth_profile(data, bins=2)
+    assert table.loc["small"].tolist() == [0, 1, 0.75]
+    assert table.loc["large"].tolist() == pytest.approx([0.25, 0.75, (3 * 6.5 + 1.5) / 32])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": 0}, "expected k between 1 and 4 heads, got 0"),
+        ({"by": "tasks"}, r"expected by= to be one of .*'task'.* got 'tasks'"),
+        ({"by": "model"}, "the cells have one value of model"),
+    ],
+)
+def test_a_comparison_that_means_nothing_is_refused(change, message):
+    data = made_up({"a": np.ones((2, 2)), "b": np.ones((2, 2))})
+    with pytest.raises(ScoreError, match=message):
+        compare_heads(data, **({"k": 1} | change))
+
+
+def test_heads_of_other_models_are_not_compared():
+    data = made_up({"a": np.ones((2, 2)), "b": np.ones((2, 2))}, model=["m", "n"])
+    with pytest.raises(ScoreError, match="several models .* depth_profile"):
+        compare_heads(data, k=1)
+    with pytest.raises(ScoreError, match="expected bins of 1 or more"):
+        depth_profile(data, bins=0)
+    with pytest.raises(ScoreError, match="over layer and head"):
+        compare_heads(data.isel(head=0), k=1)

@@ -38,7 +38,9 @@ if TYPE_CHECKING:
     from .prompts import Contrast, Prompts, Role, Task, get_task, list_tasks, make_prompts
     from .scores import Metric, Scores
     from .show.report import write_report
-    from .sweep import Cell, Plan, Swept, load_sweep, run_sweep
+    from .sweep.compare import compare_heads, depth_profile
+    from .sweep.plan import Cell, Plan
+    from .sweep.run import Swept, load_sweep, run_sweep
 
 _HOME = {
     "Claims": ".analysis.claims",
@@ -86,11 +88,13 @@ _HOME = {
     "Metric": ".scores",
     "Scores": ".scores",
     "write_report": ".show.report",
-    "Cell": ".sweep",
-    "Plan": ".sweep",
-    "Swept": ".sweep",
-    "load_sweep": ".sweep",
-    "run_sweep": ".sweep",
+    "compare_heads": ".sweep.compare",
+    "depth_profile": ".sweep.compare",
+    "Cell": ".sweep.plan",
+    "Plan": ".sweep.plan",
+    "Swept": ".sweep.run",
+    "load_sweep": ".sweep.run",
+    "run_sweep": ".sweep.run",
 }
 
 __all__ = [  # noqa: PLE0604
@@ -118,7 +122,9 @@ __all__ = [  # noqa: PLE0604
     "Vectors",
     "ablate_demos",
     "check_claims",
+    "compare_heads",
     "compare_vectors",
+    "depth_profile",
     "extract_vectors",
     "find_heads",
     "function_vector",

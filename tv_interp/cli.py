@@ -203,7 +203,7 @@ def sweep(
     """Run a grid of models, tasks and seeds; goes on where it was; exit 1 if a cell failed.
 
     Args:
-        config: YAML file with measure, grid and settings; see `tv_interp.sweep.Plan`.
+        config: YAML file with measure, grid and settings; see `tv_interp.sweep.plan.Plan`.
         out: Directory of the results: one file a cell, and one dataset a measure.
         engine: Where cells run; ray and slurm need pip install 'tv-interp[cluster]'.
         workers: How many at a time; by default the engine's choice.
@@ -213,7 +213,8 @@ def sweep(
     import torch
 
     from .scores.scores import save_dataset
-    from .sweep import Plan, load_sweep, run_sweep
+    from .sweep.plan import Plan
+    from .sweep.run import load_sweep, run_sweep
 
     plan = Plan.load(config)
     if engine == "inline":
