@@ -449,7 +449,7 @@ def _with_rule_of(words: Any, sample: Any) -> Any:
     return type(sample)(**fields, rule=sample.rule, rule_name=sample.rule_name)
 
 
-def _other_inputs(clean: Prompts, seed: int) -> tuple[list[int], Prompts]:
+def other_inputs(clean: Prompts, seed: int) -> tuple[list[int], Prompts]:
     """Make donors with the same rule and other inputs; categorization keeps the labels' places."""
     return _redrawn(clean, seed, lambda sample, rng: [y for _, y in sample.demos])
 
@@ -501,7 +501,7 @@ _DONORS = {
     "random-answer donors": _twins("dummies"),
     "shuffled donors": _twins("answers"),
     "same x, other rule": _twins("rule"),
-    "same rule, other x": _other_inputs,
+    "same rule, other x": other_inputs,
     "one-class donors": _one_class,
 }
 

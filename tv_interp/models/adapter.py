@@ -424,6 +424,39 @@ class Adapter:
         logits = self.run(tokens, edits, {name: _keep(store, name) for name in names})
         return logits, store
 
+    def jacobian(
+        self,
+        tokens: Int[Tensor, "row pos"],
+        where: Int[Tensor, " row"],
+        outputs: Int[Tensor, " output"],
+        edits: Mapping[HookName, Edit] | None = None,
+    ) -> Float[Tensor, "row output d_model"]:
+        """Differentiate last logits by what enters the first block at one token of each row.
+
+        Args:
+            tokens: Token ids without padding.
+            where: The token of each row.
+            outputs: Vocabulary ids whose logits are differentiated.
+            edits: As in `run`.
+        """
+        index, where = torch.arange(len(tokens), device=self.device), where.to(self.device)
+        entered: list[Tensor] = []
+
+        def enter(x: Tensor) -> Tensor:
+            entered.append(x[index, where].detach().requires_grad_(True))
+            x = x.detach().clone()
+            x[index, where] = entered[0]
+            return x
+
+        hooks = {("resid_pre", 0): enter, **(edits or {})}
+        with self._hooked(hooks, None), torch.enable_grad():
+            logits = self.model(tokens.to(self.device), return_type="logits")[:, -1]
+            rows = [
+                torch.autograd.grad(logits[:, k].sum(), entered[0], retain_graph=True)[0]
+                for k in outputs.tolist()
+            ]
+        return torch.stack(rows, 1)
+
     def read_block(
         self,
         tape: Tape,

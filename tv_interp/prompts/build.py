@@ -299,7 +299,7 @@ class Prompts:
             kind, seed, lambda words, rng: corrupt_words(kind, words, rng, self.task, other)
         )
 
-    def dummies(self, *, seed: int = 1) -> Contrast:
+    def dummies(self, *, seed: int = 1, pool: Sequence[str] = ()) -> Contrast:
         """Make the dummy prompts that vectors are put into: the same inputs, answers at random.
 
         Where the task is a shipped relation, answers are drawn from those of the other shipped
@@ -308,11 +308,12 @@ class Prompts:
 
         Args:
             seed: Decides what is drawn.
+            pool: Answers to draw from instead.
 
         Raises:
             PromptError: as `corrupt`.
         """
-        pool = unrelated_answers(self.task)
+        pool = pool or unrelated_answers(self.task)
         if not pool:
             return self.corrupt("random_answers", seed=seed)
         return self._twins("unrelated", seed, lambda words, rng: draw_answers(words, rng, pool))

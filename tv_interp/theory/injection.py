@@ -124,13 +124,6 @@ def implied_map(
     return torch.stack(rows, 1).detach()
 
 
-def effective_rank(maps: Float[Tensor, "prompt d d"]) -> Float[Tensor, " prompt"]:
-    """Compute the exponential of the entropy of the singular values' shares."""
-    values = torch.linalg.svdvals(maps)
-    shares = values / values.sum(-1, keepdim=True)
-    return torch.special.entr(shares).sum(-1).exp()
-
-
 def fit_error(
     maps: Float[Tensor, "prompt d d"], w: Float[Tensor, "prompt d d"]
 ) -> Float[Tensor, " prompt"]:

@@ -10,6 +10,11 @@ predictions are measured on each:
 2. *rank one*: the map implied by one injected vector has rank one, and misses half of a map of
    rank two.
 3. *redundancy*: arrows lower the risk only of models trained with dropout.
+
+Without LayerNorm the first two are identities in part. Arrows start empty, so positions alone
+decide what they hold, and an injected vector is the only column with a y half. What training has to
+bring is that x and y have the *same* weights (``cosine``) and that the error is no more than the
+floor (``fit``); under softmax an untrained mean of the demonstrations has both already.
 """
 
 from __future__ import annotations
@@ -22,9 +27,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..analysis.one_vector import effective_rank
 from ..errors import unknown
 from .closed_forms import one_step_rate
-from .injection import effective_rank, fit_error, implied_map
+from .injection import fit_error, implied_map
 from .linear import (
     Layout,
     draw_masks,
@@ -260,12 +266,11 @@ def measure_rung(model: Climber, *, n_prompts: int, keep: float, seed: int) -> R
     emptied[..., model.layout.arrow] = 0
     combination = _combination(model, columns, x, w @ x)
     with torch.enable_grad():
-        maps = _maps(model, x, w, query)
+        maps = _maps(model, x, w)
         basis = orthonormalise(x[..., :2])
         support = basis @ torch.randn(n_prompts, 2, x.shape[-1], generator=generator).double()
         w2 = orthonormalise(w[..., :2]) @ basis.mT
-        inside = (basis @ torch.randn(n_prompts, 2, 1, generator=generator).double())[..., 0]
-        narrow = _maps(model, support, w2, inside)
+        narrow = _maps(model, support, w2)
     restrict = basis @ basis.mT
     fits = [float(fit_error(m @ restrict, w2).mean()) for m in narrow]
     return RungResult(
@@ -314,10 +319,15 @@ def _combination(model: Climber, columns: Tensor, x: Tensor, y: Tensor) -> dict[
     }
 
 
-def _maps(model: Climber, x: Tensor, w: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
-    """Differentiate the prediction from one vector, and that from the prompt it came from."""
+def _maps(model: Climber, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """Differentiate the prediction from one vector, and that from the prompt it came from.
+
+    At query 0: elsewhere softmax weighs the query's score with itself, which turns the derivative
+    towards that query and says nothing about the vector.
+    """
     layout = model.layout
-    columns = make_columns(layout, x, w @ x, torch.zeros_like(query))
+    query = torch.zeros(len(x), model.d, dtype=x.dtype)
+    columns = make_columns(layout, x, w @ x, query)
     vector = attend(model, columns, 0)[..., layout.arrow[-1]].detach()
     tokens = torch.tensor([layout.query, layout.query + 1, layout.end])
 

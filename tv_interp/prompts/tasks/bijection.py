@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from ...errors import PromptError
 from .base import RuledSample, Sample, Task, check_size, pick_foil
 from .knowledge import relations
 
@@ -71,6 +72,52 @@ class Bijection(Task):
     def __repr__(self) -> str:
         """Name and size."""
         return f"Bijection({self.name!r}, {len(self.forward)} pairs)"
+
+
+class Union(Task):
+    """Two unrelated one-way relations in one prompt: France is Paris, run is ran.
+
+    The control of a bijection: as much is mixed and as many pairs are mapped, but no word is both
+    input and answer. Each demonstration and the query draw one of the two relations.
+    """
+
+    family = "union"
+
+    def __init__(self, name: str, first: Mapping[str, str], second: Mapping[str, str]) -> None:
+        """Keep both relations.
+
+        Raises:
+            PromptError: if they share a word.
+        """
+        shared = {*first, *first.values()} & {*second, *second.values()}
+        if shared:
+            raise PromptError(
+                f"expected two relations without a common word, both have {sorted(shared)[0]!r}: "
+                "choose another relation"
+            )
+        self.name = name
+        self.parts = tuple(first.items()), tuple(second.items())
+        self.pairs = {**first, **second}
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """Every answer of both relations."""
+        return tuple(dict.fromkeys(self.pairs.values()))
+
+    def sample(self, rng: np.random.Generator, n_demos: int) -> RuledSample:
+        """Draw a relation for each demonstration and the query; see `Task.sample`."""
+        check_size(self.name, n_demos, min(map(len, self.parts)) - 1)
+        which = rng.integers(2, size=n_demos + 1)
+        drawn = [iter(rng.permutation(len(part)).tolist()) for part in self.parts]
+        *demos, (query, answer) = [self.parts[w][next(drawn[w])] for w in which]
+        foil = pick_foil(rng, answer, [y for _, y in demos], self.answers)
+        rule = self.pairs.__getitem__
+        return RuledSample(demos, query, answer, foil, rule=rule, rule_name=self.name)
+
+    def other_queries(self, rng: np.random.Generator, sample: Sample) -> Iterator[str]:
+        """Draw inputs of either relation that the sample does not show."""
+        used = {sample.query, *(x for x, _ in sample.demos)}
+        return (x for x in rng.permutation(list(self.pairs)).tolist() if x not in used)
 
 
 def bijection_tasks() -> list[Task]:

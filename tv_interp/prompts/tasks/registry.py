@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import cache
 
 from ...errors import PromptError, unknown
@@ -64,5 +65,10 @@ def unrelated_answers(task: Task) -> tuple[str, ...]:
     """
     if _tasks().get(task.name) is not task or not isinstance(task, PairTask):
         return ()
-    every = (y for other in _tasks().values() if isinstance(other, PairTask) for y in other.answers)
-    return tuple(dict.fromkeys(y for y in every if y not in set(task.answers)))
+    return answers_without(task.answers)
+
+
+def answers_without(words: Collection[str]) -> tuple[str, ...]:
+    """List the answers of all shipped relations that are none of some words."""
+    every = (y for task in _tasks().values() if isinstance(task, PairTask) for y in task.answers)
+    return tuple(dict.fromkeys(y for y in every if y not in set(words)))
