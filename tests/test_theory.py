@@ -22,7 +22,6 @@ from tv_interp.theory.families import (
 from tv_interp.theory.injection import (
     bijection_accuracy,
     draw_maps,
-    effective_rank,
     implied_map,
     inject,
     injection_errors,

@@ -320,10 +320,11 @@ def _some(pairs: dict[str, str], most: int, rng: np.random.Generator) -> Iterabl
 
 
 def effective_rank(maps: Float[Tensor, "prompt out d"]) -> Float[Tensor, " prompt"]:
-    """Compute the exponential of the entropy of the singular values' shares."""
+    """Compute the exponential of the entropy of the singular values' shares; 0 for a map of 0."""
     values = torch.linalg.svdvals(maps)
-    shares = values / values.sum(-1, keepdim=True)
-    return torch.special.entr(shares).sum(-1).exp()
+    total = values.sum(-1, keepdim=True)
+    shares = values / total.clamp_min(torch.finfo(values.dtype).tiny)
+    return torch.special.entr(shares).sum(-1).exp() * (total[..., 0] > 0)
 
 
 def implied_maps(model: Any, one: OneVector) -> dict[str, Float[Tensor, "prompt answer d_model"]]:
@@ -397,7 +398,7 @@ def implied_ranks(model: Any, one: OneVector) -> Scores:
         "added by random answers": maps["random answers"] - nothing,
     }
     values = {name: torch.linalg.svdvals(found) for name, found in maps.items()}
-    shares = {name: (v / v[:, :1]).mean(0).tolist() for name, v in values.items()}
+    shares = {name: (v / v[:, :1].clamp_min(1e-30)).mean(0).tolist() for name, v in values.items()}
     return label_scores(
         np.stack([effective_rank(found).numpy() for found in maps.values()], 1), ("part",),
         {"part": list(maps)}, unit="effective rank", total=None, prompts=one.donors.clean,
