@@ -32,6 +32,7 @@ from tv_interp.analysis.one_vector import (
 )
 from tv_interp.analysis.predictions import Predictions, _Asked, check_predictions
 from tv_interp.analysis.vectors import inject_vectors
+from tv_interp.cli import main
 from tv_interp.errors import PromptError, TvInterpError, UnknownName
 from tv_interp.models import planted
 from tv_interp.models.adapter import Adapter
@@ -448,3 +449,22 @@ def test_bad_input_is_one_line_that_says_what_would_fit():
     ):  # fmt: skip
         with pytest.raises(error, match=text):
             wrong()
+
+
+def test_the_command_prints_the_table_and_writes_what_it_rests_on(monkeypatch, capsys, tmp_path):
+    given = {}
+
+    def found(model, **settings):
+        given.update(settings)
+        return small_predictions()
+
+    monkeypatch.setattr("tv_interp.analysis.predictions.check_predictions", found)
+    main(["predictions", "--n-demos", "4", "--seed", "3", "--out", str(tmp_path)])
+    assert given == {"n_demos": 4, "n_prompts": 64, "seed": 3, "progress": "none"}
+    out = capsys.readouterr().out
+    assert str(small_predictions()) in out and "scores.nc" in out
+    assert {p.name for p in tmp_path.iterdir()} == {"predictions.json", "scores.nc"}
+    with pytest.raises(SystemExit) as stopped:
+        main(["predictions", "--n-demos", "1", "--out", str(tmp_path / "no")])
+    assert stopped.value.code == 2 and not (tmp_path / "no").exists()
+    assert "expected n_demos of 2 or more, got 1" in capsys.readouterr().err

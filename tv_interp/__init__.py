@@ -28,8 +28,21 @@ if TYPE_CHECKING:
         patch_together,
     )
     from .analysis.interactions import patch_interactions
+    from .analysis.many_vectors import (
+        Combination,
+        combine_demonstrations,
+        inject_many_vectors,
+        leave_one_out,
+    )
+    from .analysis.one_vector import (
+        OneVector,
+        compare_bijection,
+        implied_ranks,
+        inject_one_vector,
+    )
     from .analysis.paths import patch_paths
     from .analysis.positions import patch_positions
+    from .analysis.predictions import Predictions, check_predictions
     from .analysis.ranking import HeadRanking, rank_heads
     from .analysis.vectors import Vectors, extract_vectors, function_vector, inject_vectors
     from .errors import TvInterpError
@@ -67,6 +80,16 @@ _HOME = {
     "function_vector": ".analysis.vectors",
     "inject_vectors": ".analysis.vectors",
     "patch_positions": ".analysis.positions",
+    "OneVector": ".analysis.one_vector",
+    "inject_one_vector": ".analysis.one_vector",
+    "compare_bijection": ".analysis.one_vector",
+    "implied_ranks": ".analysis.one_vector",
+    "Combination": ".analysis.many_vectors",
+    "inject_many_vectors": ".analysis.many_vectors",
+    "combine_demonstrations": ".analysis.many_vectors",
+    "leave_one_out": ".analysis.many_vectors",
+    "Predictions": ".analysis.predictions",
+    "check_predictions": ".analysis.predictions",
     "HeadRanking": ".analysis.ranking",
     "rank_heads": ".analysis.ranking",
     "TvInterpError": ".errors",
@@ -98,8 +121,9 @@ _HOME = {
 }
 
 __all__ = [  # noqa: PLE0604
-    "Claims",
     "Cell",
+    "Claims",
+    "Combination",
     "Contrast",
     "Convergence",
     "Cut",
@@ -108,8 +132,10 @@ __all__ = [  # noqa: PLE0604
     "HeadRanking",
     "HeadReport",
     "Metric",
+    "OneVector",
     "Patch",
     "Plan",
+    "Predictions",
     "Prompts",
     "Recorded",
     "Role",
@@ -122,6 +148,9 @@ __all__ = [  # noqa: PLE0604
     "Vectors",
     "ablate_demos",
     "check_claims",
+    "check_predictions",
+    "combine_demonstrations",
+    "compare_bijection",
     "compare_heads",
     "compare_vectors",
     "depth_profile",
@@ -130,8 +159,12 @@ __all__ = [  # noqa: PLE0604
     "function_vector",
     "get_task",
     "head_vectors",
+    "implied_ranks",
+    "inject_many_vectors",
+    "inject_one_vector",
     "inject_vectors",
     "knock_out",
+    "leave_one_out",
     "list_tasks",
     "load_model",
     "load_sweep",

@@ -235,6 +235,47 @@ def sweep(
         raise SystemExit(1)
 
 
+def predictions(
+    model: str = "reference",
+    n_demos: int = 6,
+    n_prompts: int = 64,
+    seed: int = 0,
+    backend: Literal["auto", "hooked", "bridge"] = "auto",
+    out: str | None = None,
+    json: bool = False,
+) -> None:
+    """Ask the predictions of the theory of linear transformers of a language model; takes minutes.
+
+    Args:
+        model: "reference", a local directory in Hugging Face format, or a hub name.
+        n_demos: Demonstrations in each prompt.
+        n_prompts: Prompts in each of the two halves: one chooses layers, the other reports them.
+        seed: Decides prompts, halves, donors and queries.
+        backend: TransformerLens class.
+        out: Directory for predictions.json and scores.nc.
+        json: Print JSON instead of a table.
+    """
+    import torch
+
+    from .analysis.predictions import check_predictions
+    from .files import make_directory
+    from .models.load import load_model
+
+    _check_numbers(n_demos=n_demos, n_prompts=n_prompts, least_demos=2)
+    directory = make_directory(out) if out is not None else None
+    loaded = load_model(model, backend=backend)
+    if loaded.cfg.d_model <= SMALL:
+        torch.set_num_threads(1)
+    progress = "bar" if sys.stderr.isatty() else "none"
+    found = check_predictions(
+        loaded, n_demos=n_demos, n_prompts=n_prompts, seed=seed, progress=progress
+    )
+    print(_dumps(found.to_dict()) if json else found)
+    if directory is not None:
+        names = ", ".join(map(str, found.save(directory)))
+        print(f"\nWrote {names}", file=sys.stderr if json else sys.stdout)
+
+
 def tasks(family: str | None = None, json: bool = False) -> None:
     """List the tasks that ship with the package.
 
@@ -299,6 +340,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "vectors": vectors,
     "linear": linear,
     "sweep": sweep,
+    "predictions": predictions,
     "tasks": tasks,
     "models": models,
 }
@@ -358,9 +400,11 @@ def _add_options(parser: Any, function: Callable[..., None]) -> None:
             parser.add_argument(option, type=hints[name], required=required, help=text, **default)
 
 
-def _check_numbers(*, n_demos: int, n_prompts: int, fdr: float = 0.05) -> None:
-    if n_demos < 1:
-        raise TvInterpError(f"expected n_demos of 1 or more, got {n_demos}")
+def _check_numbers(
+    *, n_demos: int, n_prompts: int, fdr: float = 0.05, least_demos: int = 1
+) -> None:
+    if n_demos < least_demos:
+        raise TvInterpError(f"expected n_demos of {least_demos} or more, got {n_demos}")
     if n_prompts < 4:
         raise TvInterpError(f"expected n_prompts of 4 or more, got {n_prompts}")
     if not 0 < fdr < 1:
