@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -114,7 +114,7 @@ def write_linear_page(
 def _heatmaps(arrays: Mapping[str, xr.DataArray], title: str) -> go.Figure:
     """Draw signed matrices side by side under one scale."""
     limit = max(float(abs(a).max()) for a in arrays.values())
-    sheet = _Sheet(1, len(arrays), 360)
+    sheet = _Sheet(1, len(arrays), 360 if len(arrays) < 3 else 250)  # panels are square
     for i, (name, array) in enumerate(arrays.items()):
         rows, cols = (str(dim) for dim in array.dims)
         square = {
@@ -142,7 +142,13 @@ def _heatmaps(arrays: Mapping[str, xr.DataArray], title: str) -> go.Figure:
     return sheet.figure(title)
 
 
-def _curves(array: xr.DataArray, title: str, *, scale: str = "linear") -> go.Figure:
+def _curves(
+    array: xr.DataArray,
+    title: str,
+    *,
+    scale: str = "linear",
+    values: Literal["tozero", "normal"] = "tozero",
+) -> go.Figure:
     """Draw series over a numeric axis; predictions as lines, measurements with markers."""
     along = str(array.dims[0])
     predicted = array.attrs.get("predicted", [])
@@ -163,7 +169,7 @@ def _curves(array: xr.DataArray, title: str, *, scale: str = "linear") -> go.Fig
     sheet.panel(
         0, 0, "", {"title": {"text": _AXES[along]}, "type": scale,
                    "tickvals": array[along].values.tolist()},
-        {"title": {"text": str(array.attrs["unit"])}, "rangemode": "tozero", "zeroline": True},
+        {"title": {"text": str(array.attrs["unit"])}, "rangemode": values, "zeroline": True},
     )  # fmt: skip
     return sheet.figure(title)
 
@@ -227,7 +233,7 @@ def _bars(arrays: Mapping[str, xr.DataArray], title: str, along: str, color: str
     return sheet.figure(title)
 
 
-def _graph(array: xr.DataArray, title: str, *, least: float = 0.04, widths: int = 8) -> go.Figure:
+def _graph(array: xr.DataArray, title: str, *, least: float = 0.01, widths: int = 8) -> go.Figure:
     """Draw tokens before and after each layer, and what is read from where, by line width.
 
     Widths are shares of the largest saliency of the layer; below `least` nothing is drawn.
@@ -365,7 +371,9 @@ FIGURES: dict[str, tuple[Callable[[Data], Any], tuple[str, ...], str]] = {
         "layer reaches on single prompts, and the closed form.",
     ),
     "risk against keep probability": (
-        lambda data: _curves(data["risk against keep probability"], "Risk under dropout"),
+        lambda data: _curves(
+            data["risk against keep probability"], "Risk under dropout", values="normal"
+        ),
         ("risk against keep probability",),
         "Each model is trained with the dropout it is tested with. Arrows lower the risk, most "
         "where more tokens are dropped; emptied and rescaled, the triplet model loses it.",
@@ -417,7 +425,7 @@ FIGURES: dict[str, tuple[Callable[[Data], Any], tuple[str, ...], str]] = {
         lambda data: _graph(data["saliency"], "Who is read by whom"),
         ("saliency",),
         "Mean |G ∂L/∂G| of the triplet model trained with dropout, width relative to the largest "
-        "of the layer, from 4 % on. Layer 1 joins x and y of a demonstration, fills the arrows and "
+        "of the layer, from 1 % on. Layer 1 joins x and y of a demonstration, fills the arrows and "
         "copies the query to the end; layer 2 reads all of them there.",
     ),
     "ladder": (
