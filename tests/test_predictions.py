@@ -148,7 +148,7 @@ def scores_of(**parts: np.ndarray) -> Scores:
     [
         (0.5, 0.5, "appears", ""),
         (1.0, 0.5, "does not", ""),
-        (1.0, 1.0, "undecided", "no power: one demonstration is enough"),
+        (1.0, 1.0, "undecided", "no power: one demonstration is not clearly worse than all"),
         (0.0, 0.5, "undecided", "no power: the vector does not work"),
     ],
 )

@@ -370,7 +370,7 @@ class _Asked:
         if self.works(one) != "appears":
             no_power = "the vector does not work"
         elif judge(replace(effect, data=effect.total, total=None), HURTS)[3] != "appears":
-            no_power = "one demonstration is enough"
+            no_power = "one demonstration is not clearly worse than all"
         names = [str(name) for name in one.scores.data["part"].values]
         self.add(
             "one vector is worth one demonstration (0), not all (1)", "conjecture", at,
