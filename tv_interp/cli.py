@@ -339,8 +339,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "heads": heads,
     "vectors": vectors,
     "linear": linear,
-    "sweep": sweep,
     "predictions": predictions,
+    "sweep": sweep,
     "tasks": tasks,
     "models": models,
 }
