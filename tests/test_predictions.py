@@ -373,6 +373,7 @@ def small_predictions() -> Predictions:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_every_prediction_has_a_row_an_interval_and_its_numbers(tmp_path):
     found = small_predictions()
     assert len({row.text for row in found.rows}) == 10
@@ -451,6 +452,7 @@ def test_bad_input_is_one_line_that_says_what_would_fit():
             wrong()
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_table_and_writes_what_it_rests_on(monkeypatch, capsys, tmp_path):
     given = {}
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from tv_interp.analysis.one_vector import effective_rank
 from tv_interp.errors import TrainingError, TvInterpError, UnknownName
 from tv_interp.theory import closed_forms as forms
 from tv_interp.theory.critical import perturb, squared_gradient
