@@ -29,6 +29,7 @@ from tv_interp.analysis.one_vector import (
     implied_ranks,
     inject_into_union,
     inject_one_vector,
+    take_vectors,
 )
 from tv_interp.analysis.predictions import Predictions, _Asked, check_predictions
 from tv_interp.analysis.vectors import inject_vectors
@@ -290,6 +291,25 @@ def test_vectors_of_the_same_prompt_in_every_place_change_nothing():
     baseline, same = (found.data.sel(part=p).values for p in ("baseline", "TaskV-MS"))
     np.testing.assert_array_equal(baseline, same)
     assert set(found.attrs["layers"]) == set(found.attrs["best"]) == set(found.data.part.values[1:])
+
+
+def test_many_vectors_are_those_of_the_last_demonstrations_at_the_layer_chosen_on_dev():
+    settings = {"n_demos": 4, "n_prompts": 16, "seed": 0}
+    found = inject_many_vectors(reference(), "number-next", at="answer", shots=2, **settings)
+    half = split_prompts(reference(), tv.get_task("number-next"), **settings)[1]
+    donors = take_vectors(reference(), half, at="answer", seed=10)
+    few = donors.clean.keep_demos([2, 3])
+    assert few.query == found.clusters
+    own = tv.extract_vectors(reference(), donors.clean)
+    for part, vectors in (
+        ("TaskV-MS", replace(own, data=own.data.isel(demo=slice(2, 4)))),
+        ("random answers", donors.control),
+    ):
+        at = {"at": "answer", "layers": found.attrs["layers"][part]}
+        expected = inject_vectors(reference(), few, vectors, **at).data.values[:, 0]
+        np.testing.assert_array_equal(found.data.sel(part=part).values, expected)
+    values = [found.data.sel(part=p).values for p in ("baseline", "TaskV-MS", "random answers")]
+    assert len({v.tobytes() for v in values}) > 1
 
 
 def test_with_one_place_one_vector_is_many():
