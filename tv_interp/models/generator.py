@@ -1,31 +1,30 @@
 """Random circuits as real models: known truth to score a method against.
 
-A circuit is made of *strands*: a writer takes a word at ``x`` to the answer position, a reader takes
-it on to ``query_is``, where it becomes the prediction. On the ``"value"`` route the word itself is
-read (the answer belongs to the last input); on the ``"key"`` route readers find the answer to the
-query by what writers wrote (look-up), and with both routes they also read what a second kind of
-writer copied there. Relays and MLP steps lengthen a strand, cancellers read and subtract, and
-decoys attend and write like the others but change nothing. Strands add up in the logits, so their
-edges act alone, but for those that a gate joins:
+A circuit is made of *strands*: a writer takes a word at ``x`` to the answer position, a reader
+takes it on to ``query_is``, where it becomes the prediction. On the ``"value"`` route the word
+itself is read (the answer belongs to the last input); on the ``"key"`` route readers find the
+answer to the query by what writers wrote (look-up), and with both routes they also read what a
+second kind of writer copied there. Relays and MLP steps lengthen a strand, cancellers read and
+subtract, and decoys attend and write like the others but change nothing. Strands add up in the
+logits, so their edges act alone, but for those that a gate joins:
 
-========== ===========================================================================================
-redundancy of the gated parts
-========== ===========================================================================================
-or         one of two suffices: noising one changes nothing
-and        both of two are needed: denoising one changes nothing
-majority   two of three suffice: no single exchange changes anything, only pairs do
-========== ===========================================================================================
+============== =================================================================================
+``redundancy`` of the gated parts
+============== =================================================================================
+``or``         one of two suffices: noising one changes nothing
+``and``        both of two are needed: denoising one changes nothing
+``majority``   two of three suffice: no single exchange changes anything, only pairs do
+============== =================================================================================
 
-The truth is stated for an ablation and a corruption. The ablation is always ``"corrupted"``: what is
-outside of the circuit takes its value from the corrupted run. An edge is true if its sender differs
-between the two runs and its receiver lies on a way to the logits; so a head that carries inputs is
-true under ``inputs`` and not under ``answers``. `tv_interp.models.superposition` says how words lie
-in the residual stream. Related: tracr (arXiv 2301.05062) and InterpBench (arXiv 2407.14494).
+The truth is stated for an ablation and a corruption. The ablation is always ``"corrupted"``: what
+is outside of the circuit takes its value from the corrupted run. An edge is true if its sender
+differs between the two runs and its receiver lies on a way to the logits; so a head that carries
+inputs is true under ``inputs`` and not under ``answers``. `tv_interp.models.superposition` says how
+words lie in the residual stream. Related: tracr (arXiv 2301.05062), InterpBench (arXiv 2407.14494).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -43,14 +42,15 @@ Route = Literal["key", "value"]
 Redundancy = Literal["none", "or", "and", "majority"]
 Gated = Literal["writers", "readers"]
 
+
 @dataclass(frozen=True)
 class Truth:
     """What is in the circuit, and for which ablation.
 
     Attributes:
         corruption: Of the prompts.
-        ablation: What takes the place of everything outside: ``"corrupted"``, the corrupted run.
-        nodes: Names such as ``embed@x``, ``L1H0@answer``, ``L1.mlp@answer``; ``logits`` is left out.
+        ablation: What takes the place of all that is outside: ``"corrupted"``, the corrupted run.
+        nodes: Names such as ``embed@x``, ``L1H0@answer``, ``L1.mlp@answer``; without ``logits``.
         edges: Names such as ``L1H0@answer->L3H2.k@query_is`` or ``L3H2@query_is->logits``: the role
             of a head that reads keys or values is where it looks from.
     """
@@ -178,10 +178,10 @@ def planted_circuit(
         redundancy: How the gated parts are joined; the gate is an MLP.
         gated: Which parts are: the first writers (gate at ``answer``), or the first readers (gate
             at ``query_is``), which then all read the first writer.
-        cancellers: Readers that subtract a word from the prediction, together half of it at most.
+        cancellers: Readers that subtract what the strongest reader adds, together up to half of it.
         decoys: Heads outside of the circuit, in turn: one that writes at answers and one that reads
-            answers into slots that nobody reads, one that moves the last demonstration's answer
-            into the prediction, and one at ``x``.
+            answers into slots that nobody reads, one that adds a constant to the prediction, and
+            one at ``x``.
         routes: How readers use what was written.
         layers: Of the model.
         heads: In a layer.
@@ -214,7 +214,7 @@ def planted_circuit(
     parts = [*plan.circuit(), *plan.decoys()]
     placed = place_parts(parts, layers, heads, rng)
     key = "key" in settings["routes"]
-    slots = ["x", "y", *dict.fromkeys(["out", *(part.writes for part in parts)])]
+    slots = list(dict.fromkeys(["x", "y", "is", "out", *(part.writes for part in parts)]))
     state = compose(placed, slots, shape, FILLERS if key else ANSWERS, rng)
     d_head, d_mlp = (state[f"blocks.0.{name}"].shape[-1] for name in ("attn.W_Q", "mlp.W_in"))
     sizes = Sizes(layers, heads, d_head, d_mlp)

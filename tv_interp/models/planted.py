@@ -373,8 +373,8 @@ def make_model(
     config: dict[str, Any] = dict(
         n_layers=sizes.n_layers, n_heads=sizes.n_heads, d_head=sizes.d_head, n_ctx=N_CTX,
         d_model=state["embed.W_E"].shape[1], d_vocab=sizes.d_vocab, attn_only=attn_only,
-        d_mlp=sizes.d_mlp, act_fn="relu",
-        normalization_type=normalization, positional_embedding_type="standard", device="cpu", dtype=dtype,
+        d_mlp=sizes.d_mlp, act_fn="relu", normalization_type=normalization,
+        positional_embedding_type="standard", device="cpu", dtype=dtype,
         model_name="planted", init_weights=False,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]), no_deprecation():

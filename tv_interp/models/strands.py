@@ -20,7 +20,7 @@ from .superposition import COHERENCE, Part
 
 Placed = Sequence[tuple[Part, Place]]
 
-GATES: dict[str, tuple[int, tuple[float, float], float]] = {  # how many parts, ramp, full
+GATES = {  # how many parts it joins, ramp, full
     "or": (2, (0.5, 0.7), math.inf),
     "and": (2, (1.3, math.inf), 2.0),
     "majority": (3, (1.5, 1.6), math.inf),
@@ -31,7 +31,7 @@ SOURCES = {  # corruption: the slot of the embedding that it changes, and at whi
     "query": ("x", "query_x"),
 }
 TRIES = 500
-LAST = 0.2  # what all decoys that move the last answer add to its logit, in parts of the answer's
+CONSTANT = 0.2  # most that constant decoys add to a word's logit together, in parts of the answer's
 
 
 @dataclass
@@ -89,18 +89,22 @@ class Plan:
             free[rng.integers(len(free))].reads.add(value)
             for reader in free:
                 reader.reads |= {value} if rng.random() < 0.3 else set()
-        for i, reader in enumerate([*readers, *cancellers]):
+        for i, reader in enumerate(readers):
             some = self.values[:1] if reader.gated else rng.permutation(self.values)[:1].tolist()
             reader.reads = reader.reads or set(some) or {"y"}
             reader.key = self.keys[i % len(self.keys)] if self.is_key else ""
-        self.ends = [_Strand("gate", "gate")] * bool(n_gated) + free + cancellers
-        self.readers = readers[:n_gated] + free + cancellers
-        taken = float(rng.uniform(0.3, 0.5)) * bool(n)  # of what the others add
-        shares = rng.uniform(0.7, 1.3, len(self.ends) - n)
-        for end, share in zip(self.ends, shares / shares.sum() / (1 - taken), strict=False):
-            end.gain = float(share)
+        adding = [_Strand("gate", "gate", reads=readers[0].reads)] * bool(n_gated) + free
+        for strand in adding:
+            strand.gain = float(rng.uniform(0.7, 1.3))
+        strongest = max(adding, key=lambda strand: strand.gain)
+        taken = float(rng.uniform(0.3, 0.5))  # never all of it: no sum of effects is 0
         for canceller in cancellers:
-            canceller.gain = -taken / (1 - taken) / n
+            canceller.reads, canceller.key = strongest.reads, strongest.key
+            canceller.gain = -taken * strongest.gain / n
+        self.readers, self.ends = readers + cancellers, adding + cancellers
+        total = sum(strand.gain for strand in self.ends)
+        for strand in self.ends:
+            strand.gain /= total
 
     def _lengthen(self) -> None:
         """Put relays and MLP steps at random where the layers allow it."""
@@ -184,8 +188,8 @@ class Plan:
                 read = str(rng.permutation(self.values)[0])
                 part = Part("decoy", "query_is", "answer", (read,), slot, attends=Back(2))
             elif kind == 2:
-                gain = LAST / len(range(2, n, 4))
-                part = Part("decoy", "query_is", "answer", ("y",), "out", gain, Back(2))
+                gain = CONSTANT / len(range(2, n, 4))
+                part = Part("decoy", "query_is", "is", ("is",), "out", gain, Back(3))
             else:
                 part = Part("decoy", "x", "x", ("x",), slot, attends=Back(0))
             found.append(part)
@@ -232,8 +236,6 @@ def place_parts(
     room = f"{layers} layers of {heads} heads"
     if n_heads > layers * heads:
         raise ModelError(f"expected at most {layers * heads} heads in {room}, got {n_heads}")
-    if _depth(parts) > layers:
-        raise ModelError(f"the circuit needs {_depth(parts)} layers or more, got {layers}")
     latest = _latest(parts, layers)
     for _ in range(TRIES):
         free = {time: heads if time % 2 == 0 else 1 for time in range(2 * layers)}

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from ..errors import ModelError
-from .planted import ANSWERS, FILLERS, INPUTS, LOGIT, N_CTX, VOCABULARY, Back, Match, Place
+from .planted import FILLERS, INPUTS, LOGIT, N_CTX, VOCABULARY, Back, Match, Place
 
 Superposed = Literal["none", "rotated", "compressed"]
 Normalization = Literal["none", "LN"]
@@ -150,7 +150,8 @@ def compose(
 
     Args:
         places: Each part with its layer and its head; the head of an MLP counts for nothing.
-        slots: Names of all slots; ``x`` holds inputs, ``y`` fillers, ``out`` the prediction.
+        slots: Names of all slots; ``x`` holds inputs, ``y`` fillers, ``is`` a constant at that
+            word, ``out`` the prediction.
         shape: Sizes.
         words: What the codes in the slot ``out`` mean, in order.
         rng: Source of the random directions.
@@ -173,7 +174,10 @@ def compose(
     for code, word in zip(space.codes, words, strict=False):
         unembed[:, VOCABULARY.index(word)] = LOGIT * code @ space.slot("out")
     embed[VOCABULARY.index("<bos>")] = space.bos
-    embed += ANCHOR * space.anchor
+    every = space.codes.sum(0)  # a bit of every word
+    embed[VOCABULARY.index("is")] = every / (space.codes @ every).abs().max() @ space.slot("is")
+    if shape.normalization == "LN":
+        embed += ANCHOR * space.anchor
     steps = torch.arange(1, N_CTX, dtype=torch.float64)[:, None] * space.turns
     where = torch.cat([steps.cos(), steps.sin()], 1) / math.sqrt(len(space.turns))
     state = {
