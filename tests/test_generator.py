@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-from collections import defaultdict
 
 import numpy as np
 import pytest
 import torch
 from conftest import KINDS
+from edges_by_hand import EdgesByHand
 
 import tv_interp as tv
 from tv_interp.errors import ModelError, UnknownName
@@ -57,116 +57,8 @@ def prompts_of(case, n_prompts=N_PROMPTS, n_demos=N_DEMOS):
     return tv.make_prompts(case.model, case.task, n_demos=n_demos, n_prompts=n_prompts, seed=5)
 
 
-# ------------------------------------------------- exchanging edges by TransformerLens hooks alone
-
-
-class ByHand:
-    """Exchanges the message along some edges, and reads the metric.
-
-    An edge changes what its sender gives to one input of its receiver. The receiver's output is
-    computed with it, then put into a run that is otherwise plain.
-    """
-
-    def __init__(self, case, corruption, direction):
-        contrast = prompts_of(case).corrupt(corruption)
-        self.model, self.prompts = case.model, contrast.clean
-        base, donor = contrast.clean.tokens, contrast.corrupted.tokens
-        self.sign = -1 if direction == "noise" else 1
-        if direction == "denoise":
-            base, donor = donor, base
-        self.tokens, self.words = base, (contrast.answer, contrast.foil)
-        self.base, self.donor = self.cache(base), self.cache(donor)
-        self.plain = self.metric()
-        self.total = self.sign * (self.metric(tokens=donor) - self.plain).mean().item()
-
-    @torch.no_grad()
-    def run(self, hooks, tokens=None):
-        return self.model.run_with_hooks(
-            self.tokens if tokens is None else tokens, fwd_hooks=list(hooks)
-        )
-
-    def cache(self, tokens):
-        kept = {}
-
-        def keep(value, hook):
-            kept[hook.name] = value.clone()
-
-        whats = ("attn.hook_z", "hook_attn_out", "hook_mlp_out", "hook_resid_pre")
-        names = [f"blocks.{la}.{what}" for la in range(self.model.cfg.n_layers) for what in whats]
-        self.run([(name, keep) for name in names], tokens)
-        return kept
-
-    def metric(self, hooks=(), tokens=None):
-        logits, rows = self.run(hooks, tokens)[:, -1], torch.arange(len(self.tokens))
-        return logits[rows, self.words[0]] - logits[rows, self.words[1]]
-
-    def at(self, role):
-        positions = self.prompts.positions(role)
-        positions = positions[:, None] if positions.ndim == 1 else positions
-        mask = torch.zeros(self.tokens.shape, dtype=torch.bool)
-        return mask.scatter(1, positions, True)[..., None]
-
-    def message(self, sender):
-        """The change of what a node writes, at its role: [prompt pos d_model]."""
-        what, role = sender.split("@")
-        if what == "embed":
-            change = self.difference("blocks.0.hook_resid_pre")
-        elif what.endswith("mlp"):
-            change = self.difference(f"blocks.{what[1:-4]}.hook_mlp_out")
-        else:
-            layer, head = map(int, re.findall(r"\d+", what))
-            z = self.difference(f"blocks.{layer}.attn.hook_z")[:, :, head]
-            change = z @ self.model.blocks[layer].attn.W_O[head]
-        return change * self.at(role)
-
-    def difference(self, name):
-        return self.donor[name] - self.base[name]
-
-    def answer(self, receiver, change):
-        """The hook that makes a receiver respond to a change of its input, and nothing else."""
-        what, _, role = receiver.partition("@")
-        if what == "logits":
-            return (
-                f"blocks.{self.model.cfg.n_layers - 1}.hook_resid_post",
-                lambda x, hook: x + change,
-            )
-        block = "blocks." + re.findall(r"\d+", what)[0]
-        if what.endswith("mlp"):
-            before = self.base[f"{block}.hook_attn_out"] + change
-            new = self.read(f"{block}.hook_mlp_out", [(f"{block}.hook_attn_out", put(before))])
-            return f"{block}.hook_mlp_out", put(new, self.at(role))
-        head, via = int(re.findall(r"\d+", what)[1]), what[-1]
-        before = self.base[f"{block}.hook_resid_pre"] + change
-        name = f"{block}.attn.hook_{via}"
-        new = self.read(name, [(f"{block}.hook_resid_pre", put(before))])
-        z = self.read(f"{block}.attn.hook_z", [(name, put(new, head=head))])
-        return f"{block}.attn.hook_z", put(z, self.at(role), head)
-
-    def read(self, name, hooks):
-        kept = {}
-        self.run([*hooks, (name, lambda x, hook: kept.update({name: x.clone()}))])
-        return kept[name]
-
-    def effect(self, *edges):
-        """Mean effect of exchanging edges together, in parts of the total."""
-        changes = defaultdict(float)
-        for sender, receiver in (edge.split("->") for edge in edges):
-            changes[receiver] = changes[receiver] + self.message(sender)
-        hooks = [self.answer(receiver, change) for receiver, change in changes.items()]
-        return self.sign * (self.metric(hooks) - self.plain).mean().item() / self.total
-
-
-def put(new, mask=None, head=None):
-    """A hook that puts a value in, at some tokens and for one head."""
-
-    def hook(value, hook):
-        value = value.clone()
-        there = value if head is None else value[:, :, head]
-        what = new if head is None else new[:, :, head]
-        there[:] = what if mask is None else torch.where(mask, what, there)
-        return value
-
-    return hook
+def edges_of(case, corruption, direction):
+    return EdgesByHand(case.model, prompts_of(case).corrupt(corruption), direction)
 
 
 def other_edges(case, corruption, n, seed=0):
@@ -211,7 +103,7 @@ def test_every_true_edge_acts_alone_and_no_other_does(name):
     case = case_of(name)
     for corruption, truth in case.truths.items():
         assert truth.corruption == corruption and truth.ablation == "corrupted"
-        hand = ByHand(case, corruption, "denoise" if corruption == "inputs" else "noise")
+        hand = edges_of(case, corruption, "denoise" if corruption == "inputs" else "noise")
         assert hand.total > 1
         effects = {edge: hand.effect(edge) for edge in truth.edges}
         weak = {edge: effect for edge, effect in effects.items() if abs(effect) < MATTERS}
@@ -237,7 +129,7 @@ def test_joined_parts_act_in_one_direction_or_in_pairs(joined):
     redundancy, gated = joined
     case = case_of(joined)
     truth, label = case.truths["inputs"], gated.removesuffix("s")
-    hands = {way: ByHand(case, "inputs", way) for way in ("denoise", "noise")}
+    hands = {way: edges_of(case, "inputs", way) for way in ("denoise", "noise")}
     (gate,) = case.nodes("gate")
     into_gate = sorted(edge for edge in truth.edges if edge.endswith(f"->{gate}"))
     assert len(into_gate) == (3 if redundancy == "majority" else 2)
@@ -390,11 +282,7 @@ BAD = [
     (dict(decoys=20), ModelError, "expected at most 20 heads in 5 layers of 4 heads, got 23"),
     (dict(layers=2, mlp_steps=2), ModelError, "0 relays and 2 MLP steps do not fit into 2 layers"),
     (dict(relays=9), ModelError, "9 relays and 0 MLP steps do not fit into 5 layers"),
-    (
-        dict(writers=3, readers=3, decoys=9, heads=3),
-        ModelError,
-        "found no place for 15 heads and 0",
-    ),
+    (dict(layers=2, decoys=5), ModelError, "found no place for 8 heads and 0 MLPs in 2 layers"),
     (dict(width=100), ModelError, r"expected width of \d+ or more for 8 slots of 28 words"),
     (dict(redundancy="majority"), ModelError, "'majority' joins 3 writers, got 2"),
     (dict(redundancy="or", gated="readers", readers=2), ModelError, "read the first writer alone"),

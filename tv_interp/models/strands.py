@@ -199,23 +199,19 @@ class Plan:
 # --------------------------------------------------------------------------------------- places
 
 
-def _times(parts: Sequence[Part]) -> list[int]:
-    """Get the earliest time of each part."""
-    written: dict[str, int] = {}
-    times = []
-    for part in parts:
-        after = max((written.get(slot, -1) for _, slot, _ in part.inputs()), default=-1)
-        is_mlp = part.attends is None
-        time = after + 1 + ((after + 1) % 2 != is_mlp)
-        times.append(time)
-        written[part.writes] = max(time, written.get(part.writes, -1))
-    return times
+def _after(part: Part, written: Mapping[str, int]) -> int:
+    """Get the first time, of its kind, that is later than those of a part's sources."""
+    time = 1 + max(written.get(slot, -1) for _, slot, _ in part.inputs())
+    return time + (time % 2 != (part.attends is None))
 
 
 def _depth(parts: Sequence[Part]) -> int:
     """Count the layers that parts need at least; the last one works at the last token alone."""
-    times = zip(parts, _times(parts), strict=True)
-    return max(time // 2 + 1 + (part.role != "query_is") for part, time in times)
+    written: dict[str, int] = {}
+    for part in parts:
+        written[part.writes] = max(_after(part, written), written.get(part.writes, -1))
+    ends = ((part.role != "query_is") + written[part.writes] // 2 for part in parts)
+    return 1 + max(ends)
 
 
 def place_parts(
@@ -242,9 +238,7 @@ def place_parts(
         written: dict[str, int] = {}
         times: list[int] = []
         for part, most in zip(parts, latest, strict=True):
-            after = max((written.get(slot, -1) for _, slot, _ in part.inputs()), default=-1)
-            is_mlp = part.attends is None
-            some = [t for t in range(after + 1, most + 1) if t % 2 == is_mlp and free[t]]
+            some = [t for t in range(_after(part, written), most + 1, 2) if free[t]]
             if not some:
                 break
             time = some[rng.integers(len(some))]
