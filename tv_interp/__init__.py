@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .analysis.paths import patch_paths
     from .analysis.positions import patch_positions
     from .analysis.ranking import HeadRanking, rank_heads
+    from .analysis.saliency import label_flow, saliency_flow
     from .analysis.vectors import Vectors, extract_vectors, function_vector, inject_vectors
     from .errors import TvInterpError
     from .interventions import Cut, Edge, Patch, Recorded, Site, record, run_variants
@@ -82,6 +83,8 @@ _HOME = {
     "get_task": ".prompts",
     "list_tasks": ".prompts",
     "make_prompts": ".prompts",
+    "label_flow": ".analysis.saliency",
+    "saliency_flow": ".analysis.saliency",
     "Metric": ".scores",
     "Scores": ".scores",
     "write_report": ".show.report",
@@ -117,6 +120,7 @@ __all__ = [  # noqa: PLE0604
     "head_vectors",
     "inject_vectors",
     "knock_out",
+    "label_flow",
     "list_tasks",
     "load_model",
     "make_prompts",
@@ -132,6 +136,7 @@ __all__ = [  # noqa: PLE0604
     "rank_heads",
     "record",
     "run_variants",
+    "saliency_flow",
     "write_report",
 ]
 
