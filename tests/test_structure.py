@@ -94,6 +94,7 @@ def test_the_public_names_are_these_and_all_of_them_load():
         "Prompts",
         "Recorded",
         "Role",
+        "RoleGraph",
         "Scores",
         "Site",
         "Task",
@@ -127,6 +128,7 @@ def test_the_public_names_are_these_and_all_of_them_load():
         "record",
         "run_variants",
         "saliency_flow",
+        "score_edges",
         "write_report",
     ]
     for name in tv.__all__:

@@ -18,8 +18,10 @@ if TYPE_CHECKING:
         head_vectors,
         measure_convergence,
     )
+    from .analysis.edges import score_edges
     from .analysis.find import HeadReport, find_heads
     from .analysis.geometry import Geometry, measure_geometry
+    from .analysis.graph import RoleGraph
     from .analysis.heads import (
         knock_out,
         patch_heads,
@@ -84,6 +86,8 @@ _HOME = {
     "list_tasks": ".prompts",
     "make_prompts": ".prompts",
     "label_flow": ".analysis.saliency",
+    "RoleGraph": ".analysis.graph",
+    "score_edges": ".analysis.edges",
     "saliency_flow": ".analysis.saliency",
     "Metric": ".scores",
     "Scores": ".scores",
@@ -104,6 +108,7 @@ __all__ = [  # noqa: PLE0604
     "Prompts",
     "Recorded",
     "Role",
+    "RoleGraph",
     "Scores",
     "Site",
     "Task",
@@ -137,6 +142,7 @@ __all__ = [  # noqa: PLE0604
     "record",
     "run_variants",
     "saliency_flow",
+    "score_edges",
     "write_report",
 ]
 

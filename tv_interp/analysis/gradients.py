@@ -6,7 +6,8 @@ leaves: hooks of a bridge see views, so the gradient of what they see would be e
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from jaxtyping import Float
@@ -26,7 +27,7 @@ class Walk:
         resid: Input of each block, and the output of the last one, ``[row, pos, d_model]``.
         seen: Activations at the leaves, as they were.
         values: The metric, ``[row]``.
-        gradients: Of the metric's sum by leaf; what is added to a row moves that row's metric alone.
+        gradients: By leaf, of the metric of the same row.
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class Walk:
         readout: Readout,
         rows: Tensor,
         leaves: Iterable[HookName],
-        swaps: dict[HookName, Tensor] | None = None,
+        swaps: Mapping[HookName, Tensor] = MappingProxyType({}),
     ) -> None:
         """Walk through all blocks.
 
@@ -55,7 +56,6 @@ class Walk:
             ScoreError: if the metric cannot be differentiated.
             ModelError: if the model discards edits of a leaf.
         """
-        swaps = swaps or {}
         names = list(leaves)
         made: dict[HookName, Tensor] = {}
         self.resid: list[Tensor] = []
