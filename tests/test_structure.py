@@ -94,6 +94,7 @@ def test_the_public_names_are_these_and_all_of_them_load():
         "Prompts",
         "Recorded",
         "Role",
+        "RoleGraph",
         "Scores",
         "Site",
         "Task",
@@ -110,6 +111,7 @@ def test_the_public_names_are_these_and_all_of_them_load():
         "head_vectors",
         "inject_vectors",
         "knock_out",
+        "label_flow",
         "list_tasks",
         "load_model",
         "make_prompts",
@@ -125,6 +127,8 @@ def test_the_public_names_are_these_and_all_of_them_load():
         "rank_heads",
         "record",
         "run_variants",
+        "saliency_flow",
+        "score_edges",
         "write_report",
     ]
     for name in tv.__all__:

@@ -18,8 +18,10 @@ if TYPE_CHECKING:
         head_vectors,
         measure_convergence,
     )
+    from .analysis.edges import score_edges
     from .analysis.find import HeadReport, find_heads
     from .analysis.geometry import Geometry, measure_geometry
+    from .analysis.graph import RoleGraph
     from .analysis.heads import (
         knock_out,
         patch_heads,
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from .analysis.paths import patch_paths
     from .analysis.positions import patch_positions
     from .analysis.ranking import HeadRanking, rank_heads
+    from .analysis.saliency import label_flow, saliency_flow
     from .analysis.vectors import Vectors, extract_vectors, function_vector, inject_vectors
     from .errors import TvInterpError
     from .interventions import Cut, Edge, Patch, Recorded, Site, record, run_variants
@@ -82,6 +85,10 @@ _HOME = {
     "get_task": ".prompts",
     "list_tasks": ".prompts",
     "make_prompts": ".prompts",
+    "label_flow": ".analysis.saliency",
+    "RoleGraph": ".analysis.graph",
+    "score_edges": ".analysis.edges",
+    "saliency_flow": ".analysis.saliency",
     "Metric": ".scores",
     "Scores": ".scores",
     "write_report": ".show.report",
@@ -101,6 +108,7 @@ __all__ = [  # noqa: PLE0604
     "Prompts",
     "Recorded",
     "Role",
+    "RoleGraph",
     "Scores",
     "Site",
     "Task",
@@ -117,6 +125,7 @@ __all__ = [  # noqa: PLE0604
     "head_vectors",
     "inject_vectors",
     "knock_out",
+    "label_flow",
     "list_tasks",
     "load_model",
     "make_prompts",
@@ -132,6 +141,8 @@ __all__ = [  # noqa: PLE0604
     "rank_heads",
     "record",
     "run_variants",
+    "saliency_flow",
+    "score_edges",
     "write_report",
 ]
 
