@@ -101,7 +101,7 @@ class EdgesByHand:
 
     @torch.no_grad()
     def is_read(self, edge):
-        """Whether the receiver's weights take up anything of the message (of two nodes in order)."""
+        """Whether the receiver takes up anything of what the sender writes otherwise."""
         sender, receiver = edge.split("->")
         if receiver == "logits":
             return True

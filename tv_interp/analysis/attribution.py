@@ -260,13 +260,9 @@ class _Step:
         edits: dict[HookName, Edit] = {(via, layer): plant((via, layer)) for via in VIA}
         layout = Layout.suffix(0, n_pos)
         copies = x.repeat(n_turns, 1, 1)
-        z = adapter.block(
-            self.tape, layer, copies, layout, edits=edits, until="z", gradients="on"
-        )
+        z = adapter.block(self.tape, layer, copies, layout, edits=edits, until="z", gradients="on")
         named = [leaves[via, layer] for via in VIA]
-        q, k, v = (
-            g.unflatten(0, (n_turns, n_rows)) for g in torch.autograd.grad(z, named, wanted)
-        )
+        q, k, v = (g.unflatten(0, (n_turns, n_rows)) for g in torch.autograd.grad(z, named, wanted))
         own = [g.permute(1, 2, 3, 0, 4).flatten(2, 3) for g in (k, v)]
         return [q.sum(0), *own]
 

@@ -112,10 +112,10 @@ def draw_circuit(
         >>> draw_circuit(3).truths["inputs"].nodes
     """
     rng = np.random.default_rng([seed, 1])
-    routes = [("value",), ("value",), ("key",), ("key", "value")][rng.integers(4)]
+    routes = [("value",), ("value",), ("value",), ("key",), ("key", "value")][rng.integers(5)]
     writers, readers = int(rng.integers(1, 4)), int(rng.integers(1, 4))
     redundancy, gated = "none", "writers"
-    if routes == ("value",) and rng.random() < 0.5:
+    if routes == ("value",) and rng.random() < 0.75:
         redundancy = ("or", "and", "majority")[rng.integers(3)]
         gated = ("writers", "readers")[rng.integers(2)]
         n = GATES[redundancy][0] + int(rng.integers(2))  # one more that acts alone, or none
@@ -126,19 +126,20 @@ def draw_circuit(
     if "key" in routes:  # a writer of keys has a reader of its own
         readers = max(readers, math.ceil(writers / len(routes)))
         writers = max(writers, len(routes))
+    n_mlps = int(rng.integers(3))
     return planted_circuit(
         seed=seed,
         writers=writers,
         readers=readers,
         relays=int(rng.integers(3)),
-        mlp_steps=int(rng.integers(2)) if redundancy != "none" else int(rng.integers(3)),
+        mlp_steps=max(0, n_mlps - (redundancy != "none")),
         redundancy=redundancy,
         gated=gated,
         cancellers=int(rng.integers(2)),
-        decoys=int(rng.integers(2, 6)),
+        decoys=int(rng.integers(2, 5)),
         routes=routes,
-        layers=int(rng.integers(5, 7)),
-        heads=int(rng.integers(4, 6)),
+        layers=5 if n_mlps or redundancy != "none" else int(rng.integers(4, 6)),
+        heads=4,
         superposed=get_args(Superposed)[rng.integers(3)],
         normalization=get_args(Normalization)[rng.integers(2)],
         backend=backend,
