@@ -26,6 +26,7 @@ attends to, `<bos>` left out. Times are CPU seconds a contrast of this process o
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -51,7 +52,7 @@ from tv_interp.interventions import Patch, Site  # noqa: E402
 from tv_interp.models.generator import draw_circuit  # noqa: E402
 from tv_interp.scores.statistics import bootstrap  # noqa: E402
 
-N_PROMPTS, N_DEMOS = 8, 3
+N_PROMPTS, N_DEMOS = 8, 2
 FLOOR = 1e-3  # of a method's largest score: what is below counts as 0
 MOVED = 1e-4  # least change between the runs of an output that is worth exchanging
 SILENT = 2e-3  # most effect of what has none, in parts of the total
@@ -276,29 +277,29 @@ def judge(contest: Contest) -> dict[str, dict[str, float]]:
 
 
 def measure(n_circuits: int) -> list[dict]:
-    """Judge every method on circuits from seed 0 on, each under one of its corruptions."""
+    """Judge every method on circuits from seed 0 on; ends early on Ctrl-C, with what is done."""
     rows = []
-    for seed in range(n_circuits):
-        case = draw_circuit(seed)
-        contest = Contest(case, case.corruptions[seed % len(case.corruptions)])
-        settings = {name: value for name, value in case.settings.items() if value is not None}
-        row = dict(
-            seed=seed,
-            corruption=contest.truth.corruption,
-            settings=settings,
-            nodes=len(contest.nodes),
-            edges=len(contest.graph.edges),
-            true_edges=len(contest.truth.edges),
-            methods=judge(contest),
-        )
-        rows.append(row)
-        exact, eap = (row["methods"][name]["edges AP"] for name in ("exact, both and pairs", "EAP"))
-        print(
-            f"circuit {seed} ({settings['redundancy']}, {row['corruption']}): "
-            f"{row['edges']} edges, AP of exact {exact:.3f}, of EAP {eap:.3f}",
-            flush=True,
-        )
+    with contextlib.suppress(KeyboardInterrupt):
+        for seed in range(n_circuits):
+            rows.append(judge_circuit(seed))
+            exact, eap = (rows[-1]["methods"][name]["edges AP"] for name in ("exact, noise", "EAP"))
+            print(f"circuit {seed}: AP of exact, noise {exact:.3f}, of EAP {eap:.3f}", flush=True)
     return rows
+
+
+def judge_circuit(seed: int) -> dict:
+    """Judge every method on one circuit, under one of its corruptions in turn."""
+    case = draw_circuit(seed)
+    contest = Contest(case, case.corruptions[seed % len(case.corruptions)])
+    return dict(
+        seed=seed,
+        corruption=contest.truth.corruption,
+        settings={name: value for name, value in case.settings.items() if value is not None},
+        nodes=len(contest.nodes),
+        edges=len(contest.graph.edges),
+        true_edges=len(contest.truth.edges),
+        methods=judge(contest),
+    )
 
 
 # ------------------------------------------------------------------------------------- the table
@@ -348,7 +349,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     circuits, seconds = cpu(lambda: measure(given.circuits))
-    about = f"Seeds 0 to {given.circuits - 1}, {N_PROMPTS} prompts of {N_DEMOS} demonstrations, "
+    about = f"Seeds 0 to {len(circuits) - 1}, {N_PROMPTS} prompts of {N_DEMOS} demonstrations, "
     about += f"{seconds / 60:.1f} minutes of CPU in all. {provenance()}"
     result = {"provenance": about, "circuits": circuits}
     if given.write:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .analysis.vectors import Vectors, extract_vectors, function_vector, inject_vectors
     from .errors import TvInterpError
     from .interventions import Cut, Edge, Patch, Recorded, Site, record, run_variants
+    from .models.generator import PlantedCircuit, draw_circuit, planted_circuit
     from .models.load import load_model
     from .prompts import Contrast, Prompts, Role, Task, get_task, list_tasks, make_prompts
     from .scores import Metric, Scores
@@ -77,6 +78,9 @@ _HOME = {
     "Site": ".interventions",
     "record": ".interventions",
     "run_variants": ".interventions",
+    "PlantedCircuit": ".models.generator",
+    "draw_circuit": ".models.generator",
+    "planted_circuit": ".models.generator",
     "load_model": ".models.load",
     "Contrast": ".prompts",
     "Prompts": ".prompts",
@@ -105,6 +109,7 @@ __all__ = [  # noqa: PLE0604
     "HeadReport",
     "Metric",
     "Patch",
+    "PlantedCircuit",
     "Prompts",
     "Recorded",
     "Role",
@@ -118,6 +123,7 @@ __all__ = [  # noqa: PLE0604
     "ablate_demos",
     "check_claims",
     "compare_vectors",
+    "draw_circuit",
     "extract_vectors",
     "find_heads",
     "function_vector",
@@ -138,6 +144,7 @@ __all__ = [  # noqa: PLE0604
     "patch_positions",
     "patch_sources",
     "patch_together",
+    "planted_circuit",
     "rank_heads",
     "record",
     "run_variants",
