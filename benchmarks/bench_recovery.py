@@ -53,6 +53,7 @@ from tv_interp.models.generator import draw_circuit  # noqa: E402
 from tv_interp.scores.statistics import bootstrap  # noqa: E402
 
 N_PROMPTS, N_DEMOS = 8, 2
+STEPS = 3  # of EAP-IG
 FLOOR = 1e-3  # of a method's largest score: what is below counts as 0
 MOVED = 1e-4  # least change between the runs of an output that is worth exchanging
 SILENT = 2e-3  # most effect of what has none, in parts of the total
@@ -136,7 +137,6 @@ class Contest:
         silent = [
             edge for edge, score in edges.items()
             if score < least and matter.issuperset(map(node_of, split_edge(edge)))
-            and by_hand.is_read(edge)
         ]  # fmt: skip
         return largest(
             *(dict.fromkeys(pair, by_hand.effect(*pair) * by_hand.total)
@@ -170,11 +170,24 @@ class Contest:
                 found[node] = Patch(site, value)
         return found
 
-    def edges(self, method: str, direction: str = "noise") -> Values:
-        mean = tv.score_edges(
-            self.model, self.contrast, method=method, direction=direction, recorded=self.recorded
+    def exact_edges(self, direction: str) -> Values:
+        """Effects of exchanging each edge; 0 where the receiver takes up nothing of the message."""
+        read = EdgesByHand(self.model, self.contrast, direction).read_edges(self.graph.edges)
+        return self.edges("exact", direction, edges=read)
+
+    def attribute_edges(self, method: str) -> Values:
+        return self.edges(method, "noise", n_steps=STEPS)
+
+    def edges(self, method: str, direction: str, **options) -> Values:
+        found = tv.score_edges(
+            self.model,
+            self.contrast,
+            method=method,
+            direction=direction,
+            recorded=self.recorded,
+            **options,
         ).mean()
-        return dict(zip(mean.edge.values.tolist(), mean.values.tolist(), strict=True))
+        return dict(zip(found.edge.values.tolist(), found.values.tolist(), strict=True))
 
     # ---- screens
 
@@ -234,9 +247,12 @@ def senders(edges: Values) -> Values:
 PRIMITIVES: dict[str, Callable[[Contest], Values]] = {
     **{f"nodes {way}": (lambda c, way=way: c.alone(way)) for way in DIRECTIONS},
     **{f"node pairs {way}": (lambda c, way=way: c.node_pairs(way)) for way in DIRECTIONS},
-    **{f"edges {way}": (lambda c, way=way: c.edges("exact", way)) for way in DIRECTIONS},
+    **{f"edges {way}": (lambda c, way=way: c.exact_edges(way)) for way in DIRECTIONS},
     **{f"edge pairs {way}": (lambda c, way=way: c.edge_pairs(way)) for way in DIRECTIONS},
-    **{name: (lambda c, method=method: c.edges(method)) for name, method in ATTRIBUTION.items()},
+    **{
+        name: (lambda c, method=method: c.attribute_edges(method))
+        for name, method in ATTRIBUTION.items()
+    },
     "saliency": Contest.saliency,
     "attention weight": Contest.attention,
     "knock-out": Contest.knock_out,

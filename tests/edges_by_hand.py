@@ -39,12 +39,12 @@ class EdgesByHand:
     def cache(self, tokens):
         kept = {}
 
-        def keep(value, hook):
-            kept[hook.name] = value.clone()
+        def keep(name):  # a bridge knows its hooks by other names too
+            return name, lambda value, hook: kept.update({name: value.clone()})
 
         whats = ("attn.hook_z", "hook_attn_out", "hook_mlp_out", "hook_resid_pre")
         names = [f"blocks.{la}.{what}" for la in range(self.model.cfg.n_layers) for what in whats]
-        self.run([(name, keep) for name in names], tokens)
+        self.run(map(keep, names), tokens)
         return kept
 
     def metric(self, hooks=(), tokens=None):
@@ -100,17 +100,31 @@ class EdgesByHand:
         return kept[name]
 
     @torch.no_grad()
-    def is_read(self, edge):
-        """Whether the receiver takes up anything of what the sender writes otherwise."""
-        sender, receiver = edge.split("->")
-        if receiver == "logits":
-            return True
-        layer, *head = map(int, re.findall(r"\d+", receiver.split("@")[0]))
+    def read_edges(self, edges):
+        """The edges whose receiver takes up something of what the sender writes otherwise."""
+        senders = {edge.split("->")[0] for edge in edges}
+        messages = {sender: self.message(sender) for sender in senders}
+        live = {sender: m[:, m.any(-1).any(0)] for sender, m in messages.items() if m.any()}
+        found, weights = [], {}
+        for edge in edges:
+            sender, receiver = edge.split("->")
+            if sender not in live:
+                continue
+            what = receiver.split("@")[0]
+            if what not in weights:
+                weights[what] = self.weights(what)
+            taken = live[sender] @ weights[what]
+            if taken.norm() > 1e-3 * live[sender].norm() * weights[what].norm():
+                found.append(edge)
+        return found
+
+    def weights(self, what):
+        """What a receiver applies to its input first, norms apart."""
+        if what == "logits":
+            return self.model.unembed.W_U
+        layer, *head = map(int, re.findall(r"\d+", what))
         block = self.model.blocks[layer]
-        via = receiver.split("@")[0][-1].upper()
-        weights = getattr(block.attn, f"W_{via}")[head[0]] if head else block.mlp.W_in
-        message = self.message(sender)
-        return (message @ weights).norm() > 1e-3 * message.norm() * weights.norm()
+        return getattr(block.attn, f"W_{what[-1].upper()}")[head[0]] if head else block.mlp.W_in
 
     def effect(self, *edges):
         """Mean effect of exchanging edges together, in parts of the total."""
