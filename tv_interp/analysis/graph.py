@@ -274,8 +274,7 @@ class RoleGraph:
         """Mark edges by name.
 
         Raises:
-            UnknownName: for an unknown node, with the nearest names.
-            TvInterpError: if no edge joins two known nodes.
+            UnknownName: for an unknown node, with the nearest names, or an edge that is not there.
         """
         mask = np.zeros(len(self.edges), dtype=bool)
         for name in edges:
@@ -286,8 +285,8 @@ class RoleGraph:
 
     def between(
         self, senders: Iterable[str] | None = None, receivers: Iterable[str] | None = None
-    ) -> Bool[np.ndarray, " edge"]:
-        """Mark the edges from some nodes to some nodes; None for all.
+    ) -> tuple[str, ...]:
+        """List the edges from some nodes to some nodes; None for all.
 
         Raises:
             UnknownName: for an unknown node, with the nearest names.
@@ -308,7 +307,7 @@ class RoleGraph:
                 "no path between the chosen senders and receivers: a sender is below the receiver, "
                 "and at the same place where the receiver is an MLP or the logits"
             )
-        return mask
+        return tuple(self.edges[i] for i in np.flatnonzero(mask))
 
     def check_node(self, name: str) -> None:
         """Refuse a node that the graph does not have.
