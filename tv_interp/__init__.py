@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .analysis.circuits import Circuit, discover_circuit
     from .analysis.claims import Claims, check_claims
     from .analysis.comparison import VectorReport, compare_vectors
     from .analysis.convergence import (
@@ -19,6 +20,12 @@ if TYPE_CHECKING:
         measure_convergence,
     )
     from .analysis.edges import score_edges
+    from .analysis.faithfulness import (
+        CircuitReport,
+        evaluate_circuit,
+        measure_curve,
+        measure_stability,
+    )
     from .analysis.find import HeadReport, find_heads
     from .analysis.geometry import Geometry, measure_geometry
     from .analysis.graph import RoleGraph
@@ -87,6 +94,12 @@ _HOME = {
     "make_prompts": ".prompts",
     "label_flow": ".analysis.saliency",
     "RoleGraph": ".analysis.graph",
+    "Circuit": ".analysis.circuits",
+    "discover_circuit": ".analysis.circuits",
+    "CircuitReport": ".analysis.faithfulness",
+    "evaluate_circuit": ".analysis.faithfulness",
+    "measure_curve": ".analysis.faithfulness",
+    "measure_stability": ".analysis.faithfulness",
     "score_edges": ".analysis.edges",
     "saliency_flow": ".analysis.saliency",
     "Metric": ".scores",
@@ -95,6 +108,8 @@ _HOME = {
 }
 
 __all__ = [  # noqa: PLE0604
+    "Circuit",
+    "CircuitReport",
     "Claims",
     "Contrast",
     "Convergence",
@@ -118,6 +133,8 @@ __all__ = [  # noqa: PLE0604
     "ablate_demos",
     "check_claims",
     "compare_vectors",
+    "discover_circuit",
+    "evaluate_circuit",
     "extract_vectors",
     "find_heads",
     "function_vector",
@@ -130,7 +147,9 @@ __all__ = [  # noqa: PLE0604
     "load_model",
     "make_prompts",
     "measure_convergence",
+    "measure_curve",
     "measure_geometry",
+    "measure_stability",
     "patch_heads",
     "patch_interactions",
     "patch_local_paths",

@@ -87,7 +87,7 @@ class CircuitReport:
 
     @property
     def random_pvalue(self) -> float:
-        """Share of random circuits at least as faithful, the circuit itself counted among them."""
+        """Share of random circuits at least as close to 1, the circuit counted among them."""
         closer = sum(abs(1 - r) <= abs(1 - self.faithfulness.value) for r in self.random)
         return (1 + closer) / (1 + len(self.random))
 
