@@ -1,4 +1,4 @@
-"""Circuits: kept edges carry what they carry, all of them are the model, none is the ablated run."""
+"""Circuits: all edges are the model, none is the ablated run, and what lies between."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_all_edges_are_the_model_and_none_the_corrupted_run(arch, kind):
 @pytest.mark.parametrize("demos", ["joint", "each"])
 @pytest.mark.parametrize("arch", ["gpt2", "gpt_neox", "gemma2", "llama"])
 def test_all_edges_but_one_are_that_edge_patched(arch, demos):
-    """Two computations that share no code: the engine's, and one layer by layer from all senders."""
+    """Two computations of the same: the engine's, and one from all senders, layer by layer."""
     model = tiny_model(arch, KIND, torch.float64)
     with precise(torch.float64):
         contrast = a_contrast(arch, KIND, "plain")
@@ -197,7 +197,9 @@ def test_curves_end_at_the_whole_model_and_stability_counts_resamples(a_case):
     assert curve.faithfulness.values[-1] == pytest.approx(1, abs=1e-5)
     assert curve.n_edges.values[-1] == scores.data.sizes["edge"]
     value = curve.faithfulness.values
-    area = sum((a + b) / 2 * w for a, b, w in zip(value[:-1], value[1:], (0.018, 0.98), strict=True))
+    area = sum(
+        (a + b) / 2 * w for a, b, w in zip(value[:-1], value[1:], (0.018, 0.98), strict=True)
+    )
     assert curve.attrs["CPR"] == pytest.approx(area)
     graph = tv.RoleGraph.of(case.model, contrast.clean)
     found = measure_stability(scores, graph, n_edges=50, n_boot=20)

@@ -1,4 +1,4 @@
-"""Edges: exact patching equals a plain loop of hooks, attribution its derivative, and their laws."""
+"""Edges: exact patching equals a plain loop of hooks, attribution its derivative; laws."""
 
 from __future__ import annotations
 
@@ -107,23 +107,21 @@ def table(model, contrast, edges, arch, **how) -> torch.Tensor:
 @pytest.mark.parametrize("direction", ["noise", "denoise"])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_exact_edges_equal_the_plain_loop(arch, direction, kind):
-    """Every kind of sender and receiver, with prompts of different length and words of two tokens."""
+    """Every kind of sender and receiver, with words of one and of two tokens."""
     dtype = torch.float64
     model = tiny_model(arch, kind, dtype)
     with precise(dtype):
         contrast = a_contrast(arch, kind, "rugged" if direction == "noise" else "plain")
         graph = RoleGraph.of(model, contrast.clean)
         edges = some_edges(graph, 1, seed=len(arch))
-        found = tv.score_edges(
-            model, contrast, method="exact", direction=direction, edges=edges
-        )
+        found = tv.score_edges(model, contrast, method="exact", direction=direction, edges=edges)
         expected = table(model, contrast, edges, arch, direction=direction)
         agree("exact edges", found.data.sel(edge=edges), expected, dtype)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_eap_is_the_derivative_of_patching_an_edge(arch, kind):
-    """So it equals an attribution whose inputs are all split, grouped queries and norms included."""
+    """As if all inputs were split; grouped queries and norms included."""
     model, step = tiny_model(arch, kind, torch.float64), 1e-5
     with precise(torch.float64):
         contrast = a_contrast(arch, kind, "rugged")

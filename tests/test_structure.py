@@ -109,6 +109,7 @@ def test_the_public_names_are_these_and_all_of_them_load():
         "discover_circuit",
         "evaluate_circuit",
         "extract_vectors",
+        "find_circuit",
         "find_heads",
         "function_vector",
         "get_task",

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         head_vectors,
         measure_convergence,
     )
+    from .analysis.discovery import find_circuit
     from .analysis.edges import score_edges
     from .analysis.faithfulness import (
         CircuitReport,
@@ -100,6 +101,7 @@ _HOME = {
     "evaluate_circuit": ".analysis.faithfulness",
     "measure_curve": ".analysis.faithfulness",
     "measure_stability": ".analysis.faithfulness",
+    "find_circuit": ".analysis.discovery",
     "score_edges": ".analysis.edges",
     "saliency_flow": ".analysis.saliency",
     "Metric": ".scores",
@@ -136,6 +138,7 @@ __all__ = [  # noqa: PLE0604
     "discover_circuit",
     "evaluate_circuit",
     "extract_vectors",
+    "find_circuit",
     "find_heads",
     "function_vector",
     "get_task",

@@ -143,17 +143,16 @@ class EdgeRunner:
         at: Float[Tensor, "row pos place"],
     ) -> Float[Tensor, "row pos head d_head"]:
         """Run a layer's attention with an input of its own for each head, via and place of it."""
-        graph, adapter = self.graph, self.parts.adapter
+        graph = self.graph
         heads: list[Tensor] = []
         for dest in range(len(graph.places)):
             if not graph.is_live(layer, dest):
                 continue
-            inputs = {
+            inputs: dict[Via, Tensor] = {
                 via: self._input(keep[via, layer][:, :, dest].to(at), layer, via, plain, change, at)
                 for via in VIA
             }
             heads.append(self._z(tape, layer, plain, inputs) * at[:, :, dest, None, None])
-        assert heads and adapter.n_heads
         return torch.stack(heads).sum(0)
 
     def _input(

@@ -47,7 +47,7 @@ class Outputs:
 
     Attributes:
         senders: ``[row, pos, sender, d_model]`` in the graph's order.
-        constant: What each layer adds besides (biases of attention), ``[row, pos, layer, d_model]``.
+        constant: What each layer adds besides (attention biases), ``[row, pos, layer, d_model]``.
         heads: What attention adds as a whole, layer by layer.
         mlps: What MLPs add.
     """
@@ -223,7 +223,7 @@ class _Step:
     def _at_heads(
         self, layer: int, x: Float[Tensor, "row pos d_model"], at_z: Tensor
     ) -> Iterator[tuple[Via, int, Float[Tensor, "row pos head d_model"]]]:
-        """Get the gradients at the inputs of heads, place by place of the head: via, place, them."""
+        """Get the gradients at the inputs of heads: via, place of the head, gradients."""
         for dest in range(len(self.graph.places)):
             if not self.graph.is_live(layer, dest):
                 continue
@@ -260,13 +260,9 @@ class _Step:
         edits: dict[HookName, Edit] = {(via, layer): plant((via, layer)) for via in VIA}
         layout = Layout.suffix(0, n_pos)
         copies = x.repeat(n_turns, 1, 1)
-        z = adapter.block(
-            self.tape, layer, copies, layout, edits=edits, until="z", gradients="on"
-        )
+        z = adapter.block(self.tape, layer, copies, layout, edits=edits, until="z", gradients="on")
         named = [leaves[via, layer] for via in VIA]
-        q, k, v = (
-            g.unflatten(0, (n_turns, n_rows)) for g in torch.autograd.grad(z, named, wanted)
-        )
+        q, k, v = (g.unflatten(0, (n_turns, n_rows)) for g in torch.autograd.grad(z, named, wanted))
         own = [g.permute(1, 2, 3, 0, 4).flatten(2, 3) for g in (k, v)]
         return [q.sum(0), *own]
 

@@ -19,8 +19,8 @@ from ..interventions.recording import Recorded
 from ..models.adapter import Adapter
 from ..prompts import Contrast
 from ..scores import Metric, Scores
-from .common import Direction, Experiment
-from .edges import Method, score_edges, survey
+from .common import Direction
+from .edges import Method, score_edges
 from .graph import END, Demos, RoleGraph, node_of, split_edge
 
 if TYPE_CHECKING:
@@ -210,8 +210,8 @@ class Circuit:
         import networkx
 
         out = networkx.MultiDiGraph(**{k: v for k, v in self.attrs.items() if v is not None})
-        for row in self.to_pandas().itertuples():
-            out.add_edge(row.sender, row.receiver, key=row.via, weight=row.weight)
+        for row in self.to_pandas().to_dict("records"):
+            out.add_edge(row["sender"], row["receiver"], key=row["via"], weight=row["weight"])
         return out
 
     def __repr__(self) -> str:

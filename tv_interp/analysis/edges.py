@@ -168,7 +168,7 @@ class _Exact:
         """List the places from which a sender has wanted edges, and something to send."""
         there = (numbers >= 0) & self.wanted[numbers]
         any_edge = there.reshape(len(there), -1).any(1)
-        return [p for p in np.flatnonzero(any_edge) if self.live[p, sender]]
+        return [p for p in np.flatnonzero(any_edge).tolist() if self.live[p, sender]]
 
     def _into_heads(self, layer: int, sender: int) -> dict[int, Variant]:
         """Change one input of a layer's heads at a time."""

@@ -140,11 +140,10 @@ class RoleGraph:
         first = torch.where(masks, position, masks.shape[1]).amin(1)  # [prompt, place]
         last = torch.where(masks, position, -1).amax(1)
         sees = (first[:, :, None] <= last[:, None, :]).any(0)
-        pairs = frozenset((places[s], places[d]) for s, d in sees.nonzero().tolist())
+        names = tuple(places)
+        pairs = frozenset((names[s], names[d]) for s, d in sees.nonzero().tolist())
         adapter = parts.adapter
-        return cls(
-            adapter.n_layers, adapter.n_heads, parts.has_mlp, parts.order, tuple(places), pairs
-        )
+        return cls(adapter.n_layers, adapter.n_heads, parts.has_mlp, parts.order, names, pairs)
 
     # ------------------------------------------------------------------------------ senders
 
