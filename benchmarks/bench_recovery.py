@@ -1,6 +1,6 @@
 """Which method recovers planted circuits? ROC AUC and average precision of nodes and edges.
 
-    python benchmarks/bench_recovery.py                  # 50 circuits, about {MIN} minutes
+    python benchmarks/bench_recovery.py                  # 50 circuits, about six minutes of one core
     python benchmarks/bench_recovery.py --circuits 8     # a glance
     python benchmarks/bench_recovery.py --write          # and the tables of README.md
 
@@ -17,10 +17,11 @@ or else methods would be ranked by rounding, and so does a node that a method sa
 Most edges carry nothing, which makes a high AUC cheap; average precision is the harder number.
 
 Methods, all with logit_diff: exact exchange of each node or edge in one direction, in both (the
-larger), and with the interaction of pairs (the largest); attribution of edges (EAP, EAP-IG); nodes
-by attribution are scored by the sum of the absolute scores of the edges that leave them. Saliency,
-attention weight and knock-out score a head at a role by its largest value over the roles that it
-attends to, `<bos>` left out. Times are CPU seconds a contrast of this process on one thread.
+larger), and with the interaction of pairs (the largest); attribution of edges (EAP, EAP-IG with 3
+midpoints), by which a node's score is the sum of the absolute scores of the edges that leave it.
+Saliency, attention weight and knock-out score a head at a role by its largest value over the roles
+that it attends to, `<bos>` left out. An edge is not run where the receiver's first weights map its
+message to 0. Times are CPU seconds a circuit of this process on one thread.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ GROUPS = {
     "one of two suffices, or both are needed": ("or", "and"),
     "two of three suffice": ("majority",),
 }
+DESTINATIONS = ("is", "answer", "query_is")  # roles whose attention is looked at
 NODES = ("nodes", "node pairs")
 ATTRIBUTION = {"EAP": "eap", "EAP-IG": "eap-ig", "EAP-IG, activations": "eap-ig-activations"}
 Values = dict[str, float]
@@ -218,7 +220,7 @@ class Contest:
         """The largest over what a head at a role attends to."""
         found = []
         for src, dest in sorted(self.graph.sees):
-            if src != "bos" and (src != dest or dest in ("x", "is", "answer")):
+            if src != "bos" and dest in DESTINATIONS:
                 table = np.abs(score(dest, src))
                 found.append({f"L{la}H{h}@{dest}": v for (la, h), v in np.ndenumerate(table)})
         return largest(*found)
@@ -348,12 +350,12 @@ def table(result: dict) -> str:
 
 
 def interval(values: list[float | None]) -> str:
-    """Mean and 95 % interval over circuits; no more than 1."""
+    """Mean and 95 % interval over circuits, within 0 and 1."""
     if None in values:
         return ""
     each = np.array(values, dtype=float)[:, None]
     low, high = bootstrap(each, np.arange(len(each)))
-    return f"{each.mean():.3f} ({low[0]:.2f} to {min(high[0], 1):.2f})"
+    return f"{each.mean():.3f} ({max(low[0], 0):.2f} to {min(high[0], 1):.2f})"
 
 
 def main() -> None:

@@ -81,6 +81,8 @@ def test_importing_loads_no_heavy_library_and_prints_nothing():
 
 def test_the_public_names_are_these_and_all_of_them_load():
     assert tv.__all__ == [
+        "Circuit",
+        "CircuitReport",
         "Claims",
         "Contrast",
         "Convergence",
@@ -105,8 +107,11 @@ def test_the_public_names_are_these_and_all_of_them_load():
         "ablate_demos",
         "check_claims",
         "compare_vectors",
+        "discover_circuit",
         "draw_circuit",
+        "evaluate_circuit",
         "extract_vectors",
+        "find_circuit",
         "find_heads",
         "function_vector",
         "get_task",
@@ -118,7 +123,9 @@ def test_the_public_names_are_these_and_all_of_them_load():
         "load_model",
         "make_prompts",
         "measure_convergence",
+        "measure_curve",
         "measure_geometry",
+        "measure_stability",
         "patch_heads",
         "patch_interactions",
         "patch_local_paths",

@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .analysis.circuits import Circuit, discover_circuit
     from .analysis.claims import Claims, check_claims
     from .analysis.comparison import VectorReport, compare_vectors
     from .analysis.convergence import (
@@ -18,7 +19,14 @@ if TYPE_CHECKING:
         head_vectors,
         measure_convergence,
     )
+    from .analysis.discovery import find_circuit
     from .analysis.edges import score_edges
+    from .analysis.faithfulness import (
+        CircuitReport,
+        evaluate_circuit,
+        measure_curve,
+        measure_stability,
+    )
     from .analysis.find import HeadReport, find_heads
     from .analysis.geometry import Geometry, measure_geometry
     from .analysis.graph import RoleGraph
@@ -91,6 +99,13 @@ _HOME = {
     "make_prompts": ".prompts",
     "label_flow": ".analysis.saliency",
     "RoleGraph": ".analysis.graph",
+    "Circuit": ".analysis.circuits",
+    "discover_circuit": ".analysis.circuits",
+    "CircuitReport": ".analysis.faithfulness",
+    "evaluate_circuit": ".analysis.faithfulness",
+    "measure_curve": ".analysis.faithfulness",
+    "measure_stability": ".analysis.faithfulness",
+    "find_circuit": ".analysis.discovery",
     "score_edges": ".analysis.edges",
     "saliency_flow": ".analysis.saliency",
     "Metric": ".scores",
@@ -99,6 +114,8 @@ _HOME = {
 }
 
 __all__ = [  # noqa: PLE0604
+    "Circuit",
+    "CircuitReport",
     "Claims",
     "Contrast",
     "Convergence",
@@ -123,8 +140,11 @@ __all__ = [  # noqa: PLE0604
     "ablate_demos",
     "check_claims",
     "compare_vectors",
+    "discover_circuit",
     "draw_circuit",
+    "evaluate_circuit",
     "extract_vectors",
+    "find_circuit",
     "find_heads",
     "function_vector",
     "get_task",
@@ -136,7 +156,9 @@ __all__ = [  # noqa: PLE0604
     "load_model",
     "make_prompts",
     "measure_convergence",
+    "measure_curve",
     "measure_geometry",
+    "measure_stability",
     "patch_heads",
     "patch_interactions",
     "patch_local_paths",

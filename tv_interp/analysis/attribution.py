@@ -47,7 +47,7 @@ class Outputs:
 
     Attributes:
         senders: ``[row, pos, sender, d_model]`` in the graph's order.
-        constant: What each layer adds besides (biases of attention), ``[row, pos, layer, d_model]``.
+        constant: What each layer adds besides (attention biases), ``[row, pos, layer, d_model]``.
         heads: What attention adds as a whole, layer by layer.
         mlps: What MLPs add.
     """
@@ -223,7 +223,7 @@ class _Step:
     def _at_heads(
         self, layer: int, x: Float[Tensor, "row pos d_model"], at_z: Tensor
     ) -> Iterator[tuple[Via, int, Float[Tensor, "row pos head d_model"]]]:
-        """Get the gradients at the inputs of heads, place by place of the head: via, place, them."""
+        """Get the gradients at the inputs of heads: via, place of the head, gradients."""
         for dest in range(len(self.graph.places)):
             if not self.graph.is_live(layer, dest):
                 continue

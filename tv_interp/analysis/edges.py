@@ -42,8 +42,7 @@ def score_edges(
     contrast: Contrast,
     *,
     method: Method = "eap-ig",
-    senders: Iterable[str] | None = None,
-    receivers: Iterable[str] | None = None,
+    edges: Iterable[str] | None = None,
     direction: Direction = "noise",
     metric: str | Metric = "logit_diff",
     demos: Demos = "joint",
@@ -52,7 +51,7 @@ def score_edges(
     recorded: Recorded | None = None,
     progress: bool = False,
 ) -> Scores:
-    """Score all edges of the graph of roles, or those between some nodes.
+    """Score all edges of the graph of roles, or some.
 
     Args:
         model: A HookedTransformer or TransformerBridge in eval mode.
@@ -60,8 +59,8 @@ def score_edges(
         method: ``"exact"`` patches each edge. ``"eap"``, ``"eap-ig"`` (embeddings interpolated) and
             ``"eap-ig-activations"`` (the sender's layer interpolated) are first-order estimates of
             all edges at once; see `tv_interp.analysis.attribution`.
-        senders: Nodes that edges come from (``"L0H1@answer"``); None for all.
-        receivers: Nodes that they go to; None for all.
+        edges: Names of edges (``"L0H1@answer->L2H1.v@query_is"``; `RoleGraph.between` lists those
+            between some nodes); None for all.
         direction: ``"noise"`` patches corrupted into clean: what is needed. ``"denoise"`` patches
             clean into corrupted: what suffices. ``"eap-ig"`` gives the same for both.
         metric: A metric; a differentiable one for all methods but ``"exact"``.
@@ -77,10 +76,10 @@ def score_edges(
         Scores over ``(prompt, edge)`` in the metric's unit. Positive: the edge carries the task.
 
     Raises:
-        UnknownName: for an unknown method, node, direction, metric, ``demos`` or quadrature.
+        UnknownName: for an unknown method, edge, direction, metric, ``demos`` or quadrature.
         ScoreError: if the metric cannot be differentiated and the method needs it.
         ModelError: if the model's blocks are not put together as edges need it.
-        TvInterpError: if no edge leads from the senders to the receivers.
+        TvInterpError: if ``n_steps`` is not positive.
     """
     if method not in METHODS:
         raise unknown("method", method, METHODS)
@@ -90,9 +89,7 @@ def score_edges(
         raise TvInterpError(f"expected n_steps of 1 or more, got {n_steps}")
     run = Experiment(model, contrast, recorded, direction, metric, END)
     parts, graph, masks = survey(run, demos)
-    wanted = np.ones(len(graph.edges), dtype=bool)
-    if senders is not None or receivers is not None:
-        wanted = graph.between(senders, receivers)
+    wanted = graph.select(graph.edges if edges is None else edges)
     attrs: dict[str, Any] = {"method": method, "demos": demos}
     if method == "exact":
         effects = _Exact(run, graph, parts, masks, wanted).effects(progress)
@@ -171,7 +168,7 @@ class _Exact:
         """List the places from which a sender has wanted edges, and something to send."""
         there = (numbers >= 0) & self.wanted[numbers]
         any_edge = there.reshape(len(there), -1).any(1)
-        return [p for p in np.flatnonzero(any_edge) if self.live[p, sender]]
+        return [p for p in np.flatnonzero(any_edge).tolist() if self.live[p, sender]]
 
     def _into_heads(self, layer: int, sender: int) -> dict[int, Variant]:
         """Change one input of a layer's heads at a time."""

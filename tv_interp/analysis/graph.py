@@ -140,11 +140,10 @@ class RoleGraph:
         first = torch.where(masks, position, masks.shape[1]).amin(1)  # [prompt, place]
         last = torch.where(masks, position, -1).amax(1)
         sees = (first[:, :, None] <= last[:, None, :]).any(0)
-        pairs = frozenset((places[s], places[d]) for s, d in sees.nonzero().tolist())
+        names = tuple(places)
+        pairs = frozenset((names[s], names[d]) for s, d in sees.nonzero().tolist())
         adapter = parts.adapter
-        return cls(
-            adapter.n_layers, adapter.n_heads, parts.has_mlp, parts.order, tuple(places), pairs
-        )
+        return cls(adapter.n_layers, adapter.n_heads, parts.has_mlp, parts.order, names, pairs)
 
     # ------------------------------------------------------------------------------ senders
 
@@ -274,8 +273,7 @@ class RoleGraph:
         """Mark edges by name.
 
         Raises:
-            UnknownName: for an unknown node, with the nearest names.
-            TvInterpError: if no edge joins two known nodes.
+            UnknownName: for an unknown node, with the nearest names, or an edge that is not there.
         """
         mask = np.zeros(len(self.edges), dtype=bool)
         for name in edges:
@@ -286,8 +284,8 @@ class RoleGraph:
 
     def between(
         self, senders: Iterable[str] | None = None, receivers: Iterable[str] | None = None
-    ) -> Bool[np.ndarray, " edge"]:
-        """Mark the edges from some nodes to some nodes; None for all.
+    ) -> tuple[str, ...]:
+        """List the edges from some nodes to some nodes; None for all.
 
         Raises:
             UnknownName: for an unknown node, with the nearest names.
@@ -308,7 +306,7 @@ class RoleGraph:
                 "no path between the chosen senders and receivers: a sender is below the receiver, "
                 "and at the same place where the receiver is an MLP or the logits"
             )
-        return mask
+        return tuple(self.edges[i] for i in np.flatnonzero(mask))
 
     def check_node(self, name: str) -> None:
         """Refuse a node that the graph does not have.

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -26,6 +27,7 @@ from ..scores.metrics import Targets
 from .common import head_coords, label_scores, provenance
 from .gradients import Walk, few_rows, some_rows
 from .graph import Demos, place_masks, places_of
+from .heads import knock_out
 
 LOSS = Metric("loss", "nats", lambda *a: -get_metric("log_prob").compute(*a), lambda vocab: None)
 """Minus the log-probability of the answer."""
@@ -127,6 +129,35 @@ def label_flow(
     found = _gather(adapter, prompts, wanted, flows)
     coords = {"layer": np.arange(adapter.n_layers), "part": list(FLOWS)}
     return _label(adapter, prompts, wanted, found, ("layer", "part"), coords, convention=convention)
+
+
+def summarize_flow(model: Any, prompts: Prompts, flow: Scores) -> pd.DataFrame:
+    """Sum a flow over the heads of each layer, beside what cutting the same attention does.
+
+    Args:
+        model: The model.
+        prompts: The prompts of the flow.
+        flow: What `saliency_flow` gave for them, with demonstrations together.
+
+    Returns:
+        One row a layer, means over prompts: the signed saliency ``x->answer`` (answers read
+        inputs), ``answer->is`` (the last token reads answers) and ``rest``; and, as ``cut ...``,
+        the metric lost when no head of the layer can look there.
+
+    Raises:
+        ModelError: if the model discards edits of attention scores.
+    """
+    mean = flow.mean().sum("head")
+    ways = {"x->answer": ("answer", "x"), "answer->is": ("query_is", "answer")}
+    columns = {name: mean.sel(dest=d, src=s).values for name, (d, s) in ways.items()}
+    columns["rest"] = mean.sum(("dest", "src")).values - sum(columns.values())
+    adapter = Adapter.of(model)
+    layers = {f"L{la}": [(la, h) for h in range(adapter.n_heads)] for la in adapter.layers}
+    for name, (dest, src) in ways.items():
+        metric = str(flow.attrs["metric"])
+        cut = knock_out(model, prompts, dest=dest, src=src, sets=layers, metric=metric)
+        columns[f"cut {name}"] = cut.mean().values
+    return pd.DataFrame(columns, index=pd.Index(list(adapter.layers), name="layer"))
 
 
 def _pairs(labels: Tensor, n: int, like: Tensor) -> list[Float[Tensor, "row dest src"]]:
