@@ -1,6 +1,6 @@
 """Which method recovers planted circuits? ROC AUC and average precision of nodes and edges.
 
-    python benchmarks/bench_recovery.py                  # 50 circuits, about six minutes of one core
+    python benchmarks/bench_recovery.py                  # 50 circuits, about six minutes
     python benchmarks/bench_recovery.py --circuits 8     # a glance
     python benchmarks/bench_recovery.py --write          # and the tables of README.md
 

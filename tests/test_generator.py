@@ -13,6 +13,9 @@ from conftest import KINDS
 from edges_by_hand import EdgesByHand
 
 import tv_interp as tv
+from tv_interp.analysis.ablation import EdgeRunner
+from tv_interp.analysis.common import Experiment
+from tv_interp.analysis.edges import survey
 from tv_interp.errors import ModelError, UnknownName
 from tv_interp.models.generator import draw_circuit, planted_circuit
 from tv_interp.models.superposition import COHERENCE
@@ -116,12 +119,10 @@ def test_every_true_edge_acts_alone_and_no_other_does(name):
 def test_the_heads_that_matter_are_those_of_the_truth(name):
     case = case_of(name)
     for corruption, truth in case.truths.items():
-        for direction in ("denoise", "noise"):
-            effects = head_effects(case, corruption, direction)
-            strong = {node for node, effect in effects.items() if abs(effect) > MATTERS}
-            assert strong == heads_of(truth.nodes)
-            weak = [abs(effect) for node, effect in effects.items() if node not in strong]
-            assert max(weak) < NOTHING
+        effects = head_effects(case, corruption, "noise" if corruption == "inputs" else "denoise")
+        strong = {node for node, effect in effects.items() if abs(effect) > MATTERS}
+        assert strong == heads_of(truth.nodes)
+        assert max(abs(effects[node]) for node in effects.keys() - strong) < NOTHING
 
 
 @pytest.mark.parametrize("joined", JOINED, ids=" ".join)
@@ -168,6 +169,22 @@ def test_pairs_reveal_the_heads_of_a_majority_that_single_heads_hide(gated):
         pairs = {str(pair) for pair in found.site.values[np.abs(found.values) > 0.1]}
         names = {frozenset(re.sub(r"\.z", "", pair).split(" + ")) for pair in pairs}
         assert names == {frozenset(two) for two in itertools.combinations(joined, 2)}
+
+
+@pytest.mark.parametrize("name", [*ALONE, *JOINED], ids=str)
+def test_the_true_edges_alone_are_the_model_and_without_them_it_is_corrupted(name):
+    case = case_of(name)
+    for corruption, truth in case.truths.items():
+        contrast = prompts_of(case).corrupt(corruption)
+        run = Experiment(case.model, contrast, None, "noise", "logit_diff", "query_is")
+        parts, graph, masks = survey(run)
+        runner = EdgeRunner(graph, parts, (run.base, run.donor), masks, run.readout)
+        kept = graph.select(truth.edges)
+        total = run.total.mean()
+        faithful = (runner.run(kept) - run.base_value).mean() / total + 1
+        left = (runner.run(~kept) - run.base_value).mean() / total + 1
+        assert faithful.item() == pytest.approx(1, abs=NOTHING)
+        assert left.item() == pytest.approx(0, abs=NOTHING)
 
 
 # ------------------------------------------------------------------------------------ the models

@@ -109,7 +109,8 @@ def draw_circuit(
         ModelError: if HookedTransformer is asked for and TransformerLens does not have it.
 
     Example:
-        >>> draw_circuit(3).truths["inputs"].nodes
+        >>> draw_circuit(3).corruptions
+        ('inputs', 'answers', 'query')
     """
     rng = np.random.default_rng([seed, 1])
     routes = [("value",), ("value",), ("value",), ("key",), ("key", "value")][rng.integers(5)]
@@ -199,8 +200,9 @@ def planted_circuit(
             or a writer has no reader; if HookedTransformer is asked for and does not exist.
 
     Example:
-        >>> case = planted_circuit(writers=2, redundancy="or")
-        >>> sorted(case.truths["inputs"].edges)
+        >>> case = planted_circuit(redundancy="or")
+        >>> sorted(case.truths["inputs"].edges)[:2]
+        ['L2H0@answer->L3.mlp@answer', 'L3.mlp@answer->L4H2.v@query_is']
     """
     settings: dict[str, Any] = dict(
         writers=writers, readers=readers, relays=relays, mlp_steps=mlp_steps,
