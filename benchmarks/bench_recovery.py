@@ -34,7 +34,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
@@ -270,10 +270,11 @@ METHODS: dict[str, tuple[list[str], list[str]]] = {  # primitives that score nod
 }
 
 
-def judge(contest: Contest) -> dict[str, dict[str, float]]:
-    """Score every method on one circuit under one corruption."""
+def judge(contest: Contest, methods: Sequence[str] = tuple(METHODS)) -> dict[str, dict[str, float]]:
+    """Score methods on one circuit under one corruption."""
     found = {}
-    for method, (of_nodes, of_edges) in METHODS.items():
+    for method in methods:
+        of_nodes, of_edges = METHODS[method]
         edges = largest(*map(contest.scores, of_edges))
         nodes = largest(*map(contest.scores, of_nodes)) if of_nodes else senders(edges)
         heads = [node for node in contest.nodes if "H" in node]
@@ -286,10 +287,8 @@ def judge(contest: Contest) -> dict[str, dict[str, float]]:
             values = np.array([abs(scores.get(name, 0.0)) for name in names])
             values[values < FLOOR * values.max()] = 0
             true = np.array([name in truth for name in names])
-            row[f"{what} AUC"], row[f"{what} AP"] = (
-                auc(values, true),
-                average_precision(values, true),
-            )
+            row[f"{what} AUC"] = auc(values, true)
+            row[f"{what} AP"] = average_precision(values, true)
         found[method] = row
     return found
 

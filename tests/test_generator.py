@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -185,6 +186,25 @@ def test_the_true_edges_alone_are_the_model_and_without_them_it_is_corrupted(nam
         left = (runner.run(~kept) - run.base_value).mean() / total + 1
         assert faithful.item() == pytest.approx(1, abs=NOTHING)
         assert left.item() == pytest.approx(0, abs=NOTHING)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("seed", "redundancy"), [(0, "none"), (1, "and"), (2, "majority")])
+def test_exact_methods_recover_circuits_drawn_at_random(seed, redundancy, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    from bench_recovery import Contest, judge
+
+    case = draw_circuit(seed)
+    assert case.settings["redundancy"] == redundancy
+    methods = ("exact, noise", "exact, both and pairs")
+    one_way, both = judge(Contest(case, "inputs"), methods).values()
+    least = 0.99 if redundancy == "none" else 0.95
+    assert min(both["nodes AUC"], both["edges AUC"]) >= least
+    assert both["edges AP"] > 0.95
+    if redundancy == "none":
+        assert min(one_way["nodes AUC"], one_way["edges AUC"]) >= least
+    if redundancy == "majority":
+        assert one_way["edges AP"] < 0.7
 
 
 # ------------------------------------------------------------------------------------ the models

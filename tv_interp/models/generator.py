@@ -187,7 +187,8 @@ def planted_circuit(
         routes: How readers use what was written.
         layers: Of the model.
         heads: In a layer.
-        width: Of the residual stream; None for as much as the circuit needs.
+        width: Of the residual stream; None for as much as the circuit needs. Compressed words use
+            what more there is.
         superposed: ``"none"``: each word of a slot has an axis. ``"rotated"``: a random direction,
             orthogonal to all others. ``"compressed"``: random directions, more than dimensions.
         normalization: ``"LN"`` for LayerNorms.

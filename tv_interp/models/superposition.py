@@ -30,6 +30,7 @@ Normalization = Literal["none", "LN"]
 
 N_WORDS = len(INPUTS)
 COHERENCE = 0.25  # most cosine between two compressed codes; the thresholds of MLPs live with it
+LEAST = 14  # fewest numbers in which that many codes are as far apart as that
 SCORE = 40.0  # attention score of the wanted key
 REST = 24.0  # score of <bos>: more than any key that is not wanted, at COHERENCE and SHIFTED
 SHIFTED = 0.4  # most cosine between the codes of two positions
@@ -105,7 +106,7 @@ class Space:
         self.turns = _frequencies(FREQUENCIES[shape.superposed], rng)
         rest = 2 * len(self.turns) + 2  # and the two flags
         spare = shape.normalization == "LN"  # one dimension is taken by the vector of ones
-        least = N_WORDS if shape.superposed != "compressed" else 14
+        least = N_WORDS if shape.superposed != "compressed" else LEAST
         needed = rest + spare + len(slots) * least
         self.width = needed if shape.width is None else shape.width
         if self.width < needed:
