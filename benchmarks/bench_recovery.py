@@ -1,6 +1,6 @@
 """Which method recovers planted circuits? ROC AUC and average precision of nodes and edges.
 
-    python benchmarks/bench_recovery.py                  # 50 circuits, about six minutes
+    python benchmarks/bench_recovery.py                  # 50 circuits, about five minutes
     python benchmarks/bench_recovery.py --circuits 8     # a glance
     python benchmarks/bench_recovery.py --write          # and the tables of README.md
 
@@ -365,9 +365,10 @@ def main() -> None:
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    where = provenance()
     circuits, seconds = cpu(lambda: measure(given.circuits))
     about = f"Seeds 0 to {len(circuits) - 1}, {N_PROMPTS} prompts of {N_DEMOS} demonstrations, "
-    about += f"{seconds / 60:.1f} minutes of CPU in all. {provenance()}"
+    about += f"{seconds / 60:.1f} minutes of CPU in all. {where}"
     result = {"provenance": about, "circuits": circuits}
     if given.write:
         keep("recovery.json", result)
