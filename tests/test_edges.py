@@ -259,3 +259,49 @@ def test_what_edges_cannot_do_is_refused():
     with pytest.raises(tv.TvInterpError, match="unknown node 'L1H9@query_is'"):
         graph.between(receivers=["L1H9@query_is"])
     assert graph.between(["embed@query_is"], ["logits"]) == ("embed@query_is->logits",)
+
+
+def name_of(node) -> str:
+    """Our name of TransformerLens's node, without its place."""
+    if node.kind in ("embed", "logits"):
+        return node.kind
+    head = "" if node.head is None else f"H{node.head}"
+    return f"L{node.layer}{head}" + {
+        "attn_head_out": "", "mlp_out": ".mlp", "mlp_in": ".mlp",
+        "q_input": ".q", "k_input": ".k", "v_input": ".v",
+    }[node.kind]  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "gpt_neox"])
+def test_eap_equals_that_of_transformer_lens(arch):
+    """Theirs is by token, one prompt at a time, and has one edge for all places that read a key."""
+    theirs = pytest.importorskip(
+        "transformer_lens.tools.analysis.attribution_patching", reason="TransformerLens 4.3 has it"
+    )
+    model = tiny_model(arch, "bridge")
+    contrast = a_contrast(arch, "bridge", "rugged").select([0])
+    clean, corrupted = (naive.tokens_of(p, 0) for p in (contrast.clean, contrast.corrupted))
+    gold = theirs.attribution_patch(
+        model,
+        clean,
+        corrupted,
+        lambda logits: naive.logit_diff(
+            logits.reshape(-1, logits.shape[-1])[-1], contrast.clean, 0
+        ),
+        theirs.EdgeAttributionConfig(granularity="edge"),
+    )
+    expected: dict[tuple[str, str, str], float] = {}
+    for (writer, reader), score in gold.edge_scores.items():
+        place = naive.ROLES[contrast.clean.role_ids[0, writer.position]]
+        key = name_of(writer), place, name_of(reader)
+        expected[key] = expected.get(key, 0.0) + float(score)
+    found: dict[tuple[str, str, str], float] = {}
+    scores = tv.score_edges(model, contrast, method="eap", direction="denoise").data[0]
+    for edge, score in zip(scores.edge.values, scores.values, strict=True):
+        sender, receiver = split_edge(str(edge))
+        key = (*sender.split("@"), receiver.split("@")[0])
+        found[key] = found.get(key, 0.0) + float(score)
+    assert max(map(abs, found.values())) > 0.1
+    for key, score in found.items():
+        assert score == pytest.approx(expected.pop(key), abs=2e-5), key
+    assert max(map(abs, expected.values()), default=0) < 1e-6  # what reaches nothing
