@@ -23,13 +23,10 @@ import argparse
 import functools
 import json
 import os
-import platform
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
@@ -39,6 +36,7 @@ sys.path.insert(0, str(HERE.parent / "tests"))
 import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
 import torch  # noqa: E402
+from harness import cpu, keep, provenance, write_section  # noqa: E402
 
 import tv_interp as tv  # noqa: E402
 
@@ -111,19 +109,6 @@ def contrast_for(model, n_prompts: int = 16, n_demos: int = 10):
     template = "{x} is {y} ; "
     clean = tv.make_prompts(model, task, n_demos=n_demos, n_prompts=n_prompts, template=template)
     return clean.corrupt("inputs")
-
-
-def cpu(function: Callable, *, device: str = "cpu"):
-    """Result and seconds: of CPU time, or of the wall clock where a GPU does the work."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        out = function()
-        torch.cuda.synchronize()
-        return out, time.perf_counter() - start
-    start = time.process_time()
-    out = function()
-    return out, time.process_time() - start
 
 
 def sample(cells: Sequence, n: int | None) -> list:
@@ -548,19 +533,6 @@ def growth_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def provenance() -> str:
-    """What was run where."""
-    commit = subprocess.run(
-        ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
-    packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformer-lens", "numpy"))
-    load = ", ".join(f"{x:.1f}" for x in os.getloadavg())
-    return (
-        f"Commit {commit}; {packages}; Python {platform.python_version()}; "
-        f"{os.cpu_count()} cores of {platform.machine()}, one thread used; load {load}."
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=[*SHAPES, "both"], default="small")
@@ -594,14 +566,10 @@ def main() -> None:
 
 def write(result: dict) -> None:
     """Keep one shape's result, and make the tables of README.md anew from all that is kept."""
-    kept, readme = HERE / "patching.json", HERE / "README.md"
-    known = json.loads(kept.read_text("utf-8")) if kept.exists() else {}
-    known[result["shape"]] = result
-    kept.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n", "utf-8")
-    mark = "<!-- made by bench_patching.py --write -->"
-    head = readme.read_text("utf-8").split(mark)[0]
-    text = "\n\n".join(table(known[shape]) for shape in SHAPES if shape in known)
-    readme.write_text(f"{head}{mark}\n\n{text}\n", "utf-8")
+    known = keep("patching.json", {result["shape"]: result})
+    write_section(
+        "bench_patching.py", "\n\n".join(table(known[shape]) for shape in SHAPES if shape in known)
+    )
 
 
 if __name__ == "__main__":

@@ -55,6 +55,59 @@ def test_bad_input_is_one_line_on_stderr_and_exit_code_2(capsys, arguments, mess
     assert message in err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["circuit", "--task", "contry-capital"], "unknown task 'contry-capital': did you mean"),
+        (["circuit", "--method", "eep"], "Literal['exact', 'eap', 'eap-ig', 'eap-ig-activations']"),
+        (["circuit", "--corruption", "labels"], "exchanges the two labels of a categorization"),
+        (["circuit", "--n-edges", "0"], "expected n_edges of 1 or more, got 0"),
+        (["circuit", "--ablation", "noise"], "Literal['corrupted', 'mean', 'zero']"),
+        (["circuit", "--n-prompts", "2"], "expected n_prompts of 4 or more"),
+        (["saliency", "--metric", "logit"], "unknown metric 'logit': did you mean 'logit_diff'"),
+        (["saliency", "--n-demos", "60"], "has inputs for at most 44 demonstrations"),
+    ],
+)
+def test_bad_input_of_circuit_and_saliency_is_one_line(capsys, arguments, message):
+    code, out, err = run(capsys, *arguments)
+    assert code == 2 and out == ""
+    assert len(err.strip().splitlines()) == 1 and message in err
+
+
+def a_model(monkeypatch):
+    """Let commands load a tiny random model in place of what they name."""
+    from conftest import KINDS
+    from random_models import hf_model, word_tokenizer
+
+    from tv_interp.models import load
+    from tv_interp.models.convert import bridge_from_hf, hooked_from_hf
+    from tv_interp.prompts import get_task
+
+    pairs = get_task("country-capital").pairs
+    known = [word for pair in pairs.items() for word in pair]
+    build = hooked_from_hf if KINDS[0] == "hooked" else bridge_from_hf
+    tokenizer = word_tokenizer(["is", *known])
+    model = build(hf_model("gpt2", n_layers=2, d_vocab=len(tokenizer)), tokenizer)
+    monkeypatch.setattr(load, "load_model", lambda *args, **kwargs: model)
+
+
+def test_circuit_and_saliency_write_what_they_print(capsys, tmp_path, monkeypatch):
+    import tv_interp as tv
+
+    a_model(monkeypatch)
+    sizes = ["--n-demos", "2", "--n-prompts", "8", "--out", str(tmp_path), "--json"]
+    code, out, err = run(
+        capsys, "circuit", "--method", "eap", "--metric", "kl", "--n-edges", "300", *sizes
+    )
+    assert code == 0, err
+    printed = json.loads(out)
+    assert printed == json.loads((tmp_path / "report.json").read_text())
+    assert len(tv.Circuit.load(tmp_path / "circuit.json")) == printed["n_edges"] > 0
+    code, out, _ = run(capsys, "saliency", *sizes)
+    assert code == 0 and [row["layer"] for row in json.loads(out)] == [0, 1]
+    assert tv.Scores.load(tmp_path / "saliency.nc").data.sizes["layer"] == 2
+
+
 def test_an_output_directory_that_cannot_be_written_is_said_first(capsys, tmp_path):
     (tmp_path / "file").write_text("")
     code, out, err = run(capsys, "heads", "--out", str(tmp_path / "file" / "out"))
@@ -64,7 +117,7 @@ def test_an_output_directory_that_cannot_be_written_is_said_first(capsys, tmp_pa
 
 def test_no_command_is_an_error(capsys):
     code, _, err = run(capsys)
-    assert code == 2 and "{heads,vectors,linear,predictions," in err
+    assert code == 2 and "{heads,vectors,circuit,saliency,linear,predictions" in err
 
 
 def test_tasks_lists_every_family_in_80_columns_and_as_json(capsys):

@@ -11,6 +11,9 @@ import torch
 from conftest import KINDS, tiny_model
 from random_models import hf_model, word_tokenizer, words
 
+from tv_interp.analysis.ablation import EdgeRunner
+from tv_interp.analysis.common import Experiment
+from tv_interp.analysis.edges import score_edges, survey
 from tv_interp.analysis.heads import (
     knock_out,
     patch_heads,
@@ -22,6 +25,7 @@ from tv_interp.analysis.interactions import patch_interactions
 from tv_interp.analysis.paths import patch_paths
 from tv_interp.analysis.positions import patch_positions
 from tv_interp.analysis.ranking import rank_heads
+from tv_interp.analysis.saliency import saliency_flow
 from tv_interp.errors import ModelError, PromptError, UnknownName
 from tv_interp.interventions import Patch, Site, record, run_variants
 from tv_interp.models.adapter import Adapter
@@ -32,6 +36,16 @@ from tv_interp.prompts.tasks import Task
 from tv_interp.scores import Metric
 
 TASK = Task.from_pairs({f"w{i}": f"w{i + 20}" for i in range(20)})
+
+
+def run_edges(model, contrast, metric):
+    """Run with all edges kept, put together from all senders."""
+    run = Experiment(model, contrast, None, "noise", metric, "query_is")
+    parts, graph, masks = survey(run)
+    runner = EdgeRunner(graph, parts, (run.base, run.donor), masks, run.readout)
+    return runner.run(np.ones(len(graph.edges), dtype=bool))
+
+
 CALLS = {
     "record": lambda model, contrast, metric: record(model, contrast),
     "patch_heads": lambda model, contrast, metric: patch_heads(model, contrast, metric=metric),
@@ -55,6 +69,16 @@ CALLS = {
         model, contrast, heads=[(0, 1), (1, 0)], metric=metric
     ),
     "rank_heads": lambda model, contrast, metric: rank_heads(model, contrast, k=2, metric=metric),
+    "saliency_flow": lambda model, contrast, metric: saliency_flow(
+        model, contrast.clean, metric=metric
+    ),
+    "exact edges": lambda model, contrast, metric: score_edges(
+        model, contrast, method="exact", metric=metric
+    ),
+    "attributed edges": lambda model, contrast, metric: score_edges(
+        model, contrast, method="eap-ig-activations", metric=metric
+    ),
+    "run_edges": run_edges,
 }
 
 
@@ -175,7 +199,8 @@ def test_all_is_as_it_was_after_an_exception(call, when, found):
     model, contrast, fired = found
     list(model.parameters())[1].grad = None
     before = state_of(model)
-    n_plain = 1 if call == "knock_out" else 2  # the runs that are not changed are read first
+    # the runs that are not changed are read first
+    n_plain = {"knock_out": 1, "saliency_flow": 0}.get(call, 2)
     with pytest.raises(FailsLater):
         CALLS[call](model, contrast, failing_metric(0 if when == "plain" else n_plain))
     agree(before, state_of(model))

@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .analysis.circuits import Circuit, discover_circuit
     from .analysis.claims import Claims, check_claims
     from .analysis.comparison import VectorReport, compare_vectors
     from .analysis.convergence import (
@@ -18,8 +19,17 @@ if TYPE_CHECKING:
         head_vectors,
         measure_convergence,
     )
+    from .analysis.discovery import find_circuit
+    from .analysis.edges import score_edges
+    from .analysis.faithfulness import (
+        CircuitReport,
+        evaluate_circuit,
+        measure_curve,
+        measure_stability,
+    )
     from .analysis.find import HeadReport, find_heads
     from .analysis.geometry import Geometry, measure_geometry
+    from .analysis.graph import RoleGraph
     from .analysis.heads import (
         knock_out,
         patch_heads,
@@ -44,9 +54,11 @@ if TYPE_CHECKING:
     from .analysis.positions import patch_positions
     from .analysis.predictions import Predictions, check_predictions
     from .analysis.ranking import HeadRanking, rank_heads
+    from .analysis.saliency import label_flow, saliency_flow
     from .analysis.vectors import Vectors, extract_vectors, function_vector, inject_vectors
     from .errors import TvInterpError
     from .interventions import Cut, Edge, Patch, Recorded, Site, record, run_variants
+    from .models.generator import PlantedCircuit, draw_circuit, planted_circuit
     from .models.load import load_model
     from .prompts import Contrast, Prompts, Role, Task, get_task, list_tasks, make_prompts
     from .scores import Metric, Scores
@@ -100,6 +112,9 @@ _HOME = {
     "Site": ".interventions",
     "record": ".interventions",
     "run_variants": ".interventions",
+    "PlantedCircuit": ".models.generator",
+    "draw_circuit": ".models.generator",
+    "planted_circuit": ".models.generator",
     "load_model": ".models.load",
     "Contrast": ".prompts",
     "Prompts": ".prompts",
@@ -108,6 +123,17 @@ _HOME = {
     "get_task": ".prompts",
     "list_tasks": ".prompts",
     "make_prompts": ".prompts",
+    "label_flow": ".analysis.saliency",
+    "RoleGraph": ".analysis.graph",
+    "Circuit": ".analysis.circuits",
+    "discover_circuit": ".analysis.circuits",
+    "CircuitReport": ".analysis.faithfulness",
+    "evaluate_circuit": ".analysis.faithfulness",
+    "measure_curve": ".analysis.faithfulness",
+    "measure_stability": ".analysis.faithfulness",
+    "find_circuit": ".analysis.discovery",
+    "score_edges": ".analysis.edges",
+    "saliency_flow": ".analysis.saliency",
     "Metric": ".scores",
     "Scores": ".scores",
     "write_report": ".show.report",
@@ -122,6 +148,8 @@ _HOME = {
 
 __all__ = [  # noqa: PLE0604
     "Cell",
+    "Circuit",
+    "CircuitReport",
     "Claims",
     "Combination",
     "Contrast",
@@ -135,10 +163,12 @@ __all__ = [  # noqa: PLE0604
     "OneVector",
     "Patch",
     "Plan",
+    "PlantedCircuit",
     "Predictions",
     "Prompts",
     "Recorded",
     "Role",
+    "RoleGraph",
     "Scores",
     "Site",
     "Swept",
@@ -154,7 +184,11 @@ __all__ = [  # noqa: PLE0604
     "compare_heads",
     "compare_vectors",
     "depth_profile",
+    "discover_circuit",
+    "draw_circuit",
+    "evaluate_circuit",
     "extract_vectors",
+    "find_circuit",
     "find_heads",
     "function_vector",
     "get_task",
@@ -164,13 +198,16 @@ __all__ = [  # noqa: PLE0604
     "inject_one_vector",
     "inject_vectors",
     "knock_out",
+    "label_flow",
     "leave_one_out",
     "list_tasks",
     "load_model",
     "load_sweep",
     "make_prompts",
     "measure_convergence",
+    "measure_curve",
     "measure_geometry",
+    "measure_stability",
     "patch_heads",
     "patch_interactions",
     "patch_local_paths",
@@ -178,10 +215,13 @@ __all__ = [  # noqa: PLE0604
     "patch_positions",
     "patch_sources",
     "patch_together",
+    "planted_circuit",
     "rank_heads",
     "record",
     "run_sweep",
     "run_variants",
+    "saliency_flow",
+    "score_edges",
     "write_report",
 ]
 

@@ -12,6 +12,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal, NoReturn, get_type_hints
 
 from .errors import TvInterpError
@@ -50,30 +51,16 @@ def heads(
         out: Directory for heads.json, scores.nc and report.html.
         json: Print JSON instead of a table.
     """
-    import numpy as np
-    import torch
-
     from .analysis.find import find_heads
-    from .files import make_directory
-    from .models.load import load_model
-    from .prompts import get_task
-    from .prompts.corruptions import check_corruption, default_corruptions
-    from .prompts.roles import Template
+    from .prompts.corruptions import default_corruptions
     from .scores import get_metric
 
-    chosen = get_task(task)
+    chosen = _checked_task(task, template, n_demos, n_prompts, seed)
     get_metric(metric)
-    if template is not None:
-        Template.parse(template)
-    for kind in corruptions or default_corruptions(chosen):
-        partner = get_task(chosen.partner) if chosen.partner else None
-        check_corruption(kind, chosen, partner)
-    _check_numbers(n_demos=n_demos, n_prompts=n_prompts, fdr=fdr)
-    chosen.sample(np.random.default_rng(seed), n_demos)  # refuses more than the task has
-    directory = make_directory(out) if out is not None else None
-    loaded = load_model(model, backend=backend)
-    if loaded.cfg.d_model <= SMALL:
-        torch.set_num_threads(1)
+    _check_corruptions(chosen, corruptions or default_corruptions(chosen))
+    if not 0 < fdr < 1:
+        raise TvInterpError(f"expected fdr between 0 and 1, got {fdr}")
+    loaded, directory = _load(model, backend, out)
     found = find_heads(
         loaded,
         chosen,
@@ -93,8 +80,7 @@ def heads(
 
         found.save(directory)
         write_report(directory / "report.html", found, command=_command())
-        names = ", ".join(str(directory / n) for n in ("heads.json", "scores.nc", "report.html"))
-        print(f"\nWrote {names}", file=sys.stderr if json else sys.stdout)
+        _say_written(directory, ("heads.json", "scores.nc", "report.html"), json)
 
 
 def vectors(
@@ -121,24 +107,10 @@ def vectors(
         out: Directory for vectors.json, scores.nc and report.html.
         json: Print JSON instead of a table.
     """
-    import numpy as np
-    import torch
-
     from .analysis.comparison import compare_vectors
-    from .files import make_directory
-    from .models.load import load_model
-    from .prompts import get_task
-    from .prompts.roles import Template
 
-    chosen = get_task(task)
-    if template is not None:
-        Template.parse(template)
-    _check_numbers(n_demos=n_demos, n_prompts=n_prompts)
-    chosen.sample(np.random.default_rng(seed), n_demos)  # refuses more than the task has
-    directory = make_directory(out) if out is not None else None
-    loaded = load_model(model, backend=backend)
-    if loaded.cfg.d_model <= SMALL:
-        torch.set_num_threads(1)
+    chosen = _checked_task(task, template, n_demos, n_prompts, seed)
+    loaded, directory = _load(model, backend, out)
     report = compare_vectors(
         loaded,
         chosen,
@@ -154,8 +126,125 @@ def vectors(
 
         report.save(directory)
         write_vector_page(directory / "report.html", report, command=_command())
-        names = ", ".join(str(directory / n) for n in ("vectors.json", "scores.nc", "report.html"))
-        print(f"\nWrote {names}", file=sys.stderr if json else sys.stdout)
+        _say_written(directory, ("vectors.json", "scores.nc", "report.html"), json)
+
+
+def circuit(
+    model: str = "reference",
+    task: str = "country-capital",
+    n_demos: int = 8,
+    n_prompts: int = 64,
+    seed: int = 0,
+    corruption: str | None = None,
+    template: str | None = None,
+    method: Literal["exact", "eap", "eap-ig", "eap-ig-activations"] = "exact",
+    n_edges: int | None = None,
+    direction: Literal["denoise", "noise"] = "denoise",
+    metric: str = "logit_diff",
+    ablation: Literal["corrupted", "mean", "zero"] = "corrupted",
+    backend: Literal["auto", "hooked", "bridge"] = "auto",
+    out: str | None = None,
+    json: bool = False,
+) -> None:
+    r"""Find the edges between heads, MLPs and roles that carry a task, and test them by ablation.
+
+    Args:
+        model: "reference", a local directory in Hugging Face format, or a hub name.
+        task: Name of a task; see `tv-interp tasks`.
+        n_demos: Demonstrations in each prompt.
+        n_prompts: Prompts in each of the two halves: one chooses edges, the other reports them.
+        seed: Decides prompts, halves, random circuits and resamples.
+        corruption: task, random_answers, labels, answers, inputs or query; by default the first
+            that fits the task's family.
+        template: Text with {x} and {y}; by default the model's own, else "{x} is {y}\n".
+        method: How edges are scored: patched one by one, or attributed.
+        n_edges: Number of edges; by default the smallest of a few sizes that is faithful on the
+            first half.
+        direction: Whether scores say what suffices (denoise) or what is needed (noise).
+        metric: logit_diff, prob, log_prob or kl; with method exact also accuracy, choice,
+            label_rate or rank.
+        ablation: What edges outside of the circuit carry.
+        backend: TransformerLens class.
+        out: Directory for circuit.json and report.json.
+        json: Print JSON instead of a table.
+    """
+    from .analysis.discovery import find_circuit
+    from .prompts.corruptions import default_corruptions
+    from .scores import get_metric
+
+    chosen = _checked_task(task, template, n_demos, n_prompts, seed)
+    get_metric(metric)
+    _check_corruptions(chosen, [corruption or default_corruptions(chosen)[0]])
+    if n_edges is not None and n_edges < 1:
+        raise TvInterpError(f"expected n_edges of 1 or more, got {n_edges}")
+    loaded, directory = _load(model, backend, out)
+    report = find_circuit(
+        loaded,
+        chosen,
+        n_demos=n_demos,
+        n_prompts=n_prompts,
+        seed=seed,
+        corruption=corruption,
+        template=template,
+        method=method,
+        n_edges=n_edges,
+        direction=direction,
+        metric=metric,
+        ablation=ablation,
+        progress=sys.stderr.isatty(),
+    )
+    print(_dumps(report.to_dict()) if json else report)
+    if directory is not None:
+        report.save(directory)
+        _say_written(directory, ("circuit.json", "report.json"), json)
+
+
+def saliency(
+    model: str = "reference",
+    task: str = "country-capital",
+    n_demos: int = 8,
+    n_prompts: int = 64,
+    seed: int = 0,
+    template: str | None = None,
+    metric: str = "logit_diff",
+    backend: Literal["auto", "hooked", "bridge"] = "auto",
+    out: str | None = None,
+    json: bool = False,
+) -> None:
+    r"""Show attention times gradient between roles, layer by layer, beside knock-outs.
+
+    Args:
+        model: "reference", a local directory in Hugging Face format, or a hub name.
+        task: Name of a task; see `tv-interp tasks`.
+        n_demos: Demonstrations in each prompt.
+        n_prompts: Clean prompts.
+        seed: Decides them.
+        template: Text with {x} and {y}; by default the model's own, else "{x} is {y}\n".
+        metric: logit_diff, prob or log_prob.
+        backend: TransformerLens class.
+        out: Directory for saliency.nc, flow by head and pair of roles.
+        json: Print JSON instead of a table.
+    """
+    from .analysis.saliency import saliency_flow, summarize_flow
+    from .prompts import make_prompts
+    from .scores import get_metric
+
+    chosen = _checked_task(task, template, n_demos, n_prompts, seed)
+    get_metric(metric)
+    loaded, directory = _load(model, backend, out)
+    prompts = make_prompts(
+        loaded, chosen, n_demos=n_demos, n_prompts=n_prompts, seed=seed, template=template
+    )
+    flow = saliency_flow(loaded, prompts, metric=metric)
+    table = summarize_flow(loaded, prompts, flow)
+    if json:
+        print(_dumps(table.reset_index().to_dict("records")))
+    else:
+        print(f"Saliency A * dm/dA ({flow.unit}) beside what is lost when heads cannot look")
+        print(table.round(3).to_string())
+    if directory is not None:
+        flow.save(directory / "saliency.nc")
+        _say_written(directory, ("saliency.nc",), json)
 
 
 def linear(
@@ -255,17 +344,10 @@ def predictions(
         out: Directory for predictions.json and scores.nc.
         json: Print JSON instead of a table.
     """
-    import torch
-
     from .analysis.predictions import check_predictions
-    from .files import make_directory
-    from .models.load import load_model
 
-    _check_numbers(n_demos=n_demos, n_prompts=n_prompts, least_demos=2)
-    directory = make_directory(out) if out is not None else None
-    loaded = load_model(model, backend=backend)
-    if loaded.cfg.d_model <= SMALL:
-        torch.set_num_threads(1)
+    _check_numbers(n_demos, n_prompts, least_demos=2)
+    loaded, directory = _load(model, backend, out)
     progress = "bar" if sys.stderr.isatty() else "none"
     found = check_predictions(
         loaded, n_demos=n_demos, n_prompts=n_prompts, seed=seed, progress=progress
@@ -338,6 +420,8 @@ ABOUT = "Which attention heads carry a task through a prompt: who writes, who re
 COMMANDS: dict[str, Callable[..., None]] = {
     "heads": heads,
     "vectors": vectors,
+    "circuit": circuit,
+    "saliency": saliency,
     "linear": linear,
     "predictions": predictions,
     "sweep": sweep,
@@ -400,15 +484,56 @@ def _add_options(parser: Any, function: Callable[..., None]) -> None:
             parser.add_argument(option, type=hints[name], required=required, help=text, **default)
 
 
-def _check_numbers(
-    *, n_demos: int, n_prompts: int, fdr: float = 0.05, least_demos: int = 1
-) -> None:
+def _checked_task(task: str, template: str | None, n_demos: int, n_prompts: int, seed: int) -> Any:
+    """Get a task, and refuse prompts that cannot be made of it."""
+    import numpy as np
+
+    from .prompts import get_task
+    from .prompts.roles import Template
+
+    chosen = get_task(task)
+    if template is not None:
+        Template.parse(template)
+    _check_numbers(n_demos, n_prompts)
+    chosen.sample(np.random.default_rng(seed), n_demos)  # refuses more than the task has
+    return chosen
+
+
+def _check_numbers(n_demos: int, n_prompts: int, *, least_demos: int = 1) -> None:
     if n_demos < least_demos:
         raise TvInterpError(f"expected n_demos of {least_demos} or more, got {n_demos}")
     if n_prompts < 4:
         raise TvInterpError(f"expected n_prompts of 4 or more, got {n_prompts}")
-    if not 0 < fdr < 1:
-        raise TvInterpError(f"expected fdr between 0 and 1, got {fdr}")
+
+
+def _check_corruptions(task: Any, kinds: Sequence[str]) -> None:
+    """Refuse corruptions that the task does not allow."""
+    from .prompts import get_task
+    from .prompts.corruptions import check_corruption
+
+    partner = get_task(task.partner) if task.partner else None
+    for kind in kinds:
+        check_corruption(kind, task, partner)
+
+
+def _load(model: str, backend: Any, out: str | None) -> tuple[Any, Path | None]:
+    """Make the directory for results, where one is named, and load the model."""
+    import torch
+
+    from .files import make_directory
+    from .models.load import load_model
+
+    directory = make_directory(out) if out is not None else None
+    loaded = load_model(model, backend=backend)
+    if loaded.cfg.d_model <= SMALL:
+        torch.set_num_threads(1)
+    return loaded, directory
+
+
+def _say_written(directory: Path, names: Sequence[str], json: bool) -> None:
+    """Say which files were written."""
+    listed = ", ".join(str(directory / name) for name in names)
+    print(f"\nWrote {listed}", file=sys.stderr if json else sys.stdout)
 
 
 def _dumps(value: Any) -> str:

@@ -29,6 +29,7 @@ Edit = Callable[[Tensor], Tensor]
 Read = Callable[[Tensor], None]
 HookName = tuple[str, int]
 """What is hooked, and in which layer: ``("z", 3)``."""
+Gradients = Literal["off", "on"]
 
 _NAMES = {
     "resid_pre": "blocks.{}.hook_resid_pre",
@@ -197,6 +198,7 @@ class Adapter:
         edits: Mapping[HookName, Edit] | None = None,
         reads: Mapping[HookName, Read] | None = None,
         until: Literal["keys", "pattern", "z", "attn_out"] | None = None,
+        gradients: Gradients = "off",
     ) -> Any:
         """Call one block of a recorded run again, on some tokens.
 
@@ -212,6 +214,7 @@ class Adapter:
             reads: As in `run`.
             until: ``"keys"`` ends the call once keys and values are computed, ``"pattern"``,
                 ``"z"`` and ``"attn_out"`` once these are; None runs all of it.
+            gradients: Whether what edits add can be differentiated with respect to.
 
         Returns:
             The block's output, or what ``until`` names: keys and values as the cache stores them,
@@ -242,7 +245,7 @@ class Adapter:
 
         if until in ("pattern", "z", "attn_out"):
             reads = dict(reads or {}) | {(until, layer): stop}
-        with torch.no_grad():
+        with torch.set_grad_enabled(gradients == "on"):
             try:
                 with self._hooked(edits, reads), self._slots(layer, layout, tape.n_pos):
                     out = self.model.blocks[layer](x, *args, **kwargs)
@@ -304,10 +307,11 @@ class Adapter:
         self,
         resid: Float[Tensor, "row slot d_model"],
         tokens: Int[Tensor, "row token"] | None = None,
+        gradients: Gradients = "off",
     ) -> Float[Tensor, "row slot token"]:
         """Unembed the output of the last block: some tokens, or the whole vocabulary."""
         unembed, norm = self.model.unembed, getattr(self.model, "ln_final", None)
-        with torch.no_grad():
+        with torch.set_grad_enabled(gradients == "on"):
             normed = resid if norm is None else norm(resid)  # some HookedTransformers have no norms
             if tokens is None:
                 logits = unembed(normed)
@@ -473,6 +477,10 @@ class Adapter:
         layout = Layout.suffix(0, tape.n_pos)
         self.block(tape, layer, tape.resid[layer], layout, edits=edits, reads=reads)
         return store
+
+    def has(self, name: HookName) -> bool:
+        """Whether the model has a hook point."""
+        return _NAMES[name[0]].format(name[1]) in self._points
 
     def _checked_name(self, name: HookName, points: Mapping[str, Any]) -> str:
         what, layer = name

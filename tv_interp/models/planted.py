@@ -19,7 +19,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from ..prompts.tasks.base import RuledSample, Sample, Task, check_size, pick_foi
 from .convert import hooked_class, no_deprecation
 
 Place = tuple[int, int]  # (layer, head)
+Backend = Literal["auto", "hooked", "bridge"]
 Words = tuple[str, ...]
 
 TEMPLATE = "{x} is {y} "
@@ -310,18 +311,19 @@ def _compose(circuit: Circuit, sizes: Sizes) -> dict[str, torch.Tensor]:
 def _as_native(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Rename and reshape `_compose`'s tensors to the linear layers of ``boot_native``."""
     modules = {"embed": "tok_embed", "pos_embed": "pos", "unembed": "head", "blocks": "layers"}
+    modules["ln_final"] = "ln_out"
     linear = {"in": "fc_in", "out": "fc_out"}
     native: dict[str, torch.Tensor] = {}
     for name, tensor in state.items():
         *path, leaf = name.split(".")
-        path[0], (kind, part) = modules[path[0]], leaf.split("_", 1)
-        if path[0] == "layers":
+        path[0], (kind, _, part) = modules[path[0]], leaf.partition("_")
+        if path[0] == "layers" and part:
             path.append(linear.get(part, part.lower()))
         if part in ("Q", "K", "V"):  # [head, d_model, d_head] -> [head * d_head, d_model]
             tensor = tensor.transpose(1, 2).flatten(0, 1) if kind == "W" else tensor.flatten()
         elif kind == "W" and part in ("O", "in", "out", "U"):
             tensor = tensor.reshape(-1, tensor.shape[-1]).T
-        native[".".join(path) + (".weight" if kind == "W" else ".bias")] = tensor
+        native[".".join(path) + (".weight" if kind in "Ww" else ".bias")] = tensor
     return native
 
 
@@ -341,16 +343,38 @@ def _tokenizer() -> Any:
     return tokenizer
 
 
-def _model(
-    state: Mapping[str, torch.Tensor], sizes: Sizes, hooked: bool, dtype: torch.dtype
+def make_model(
+    state: Mapping[str, torch.Tensor],
+    sizes: Sizes,
+    backend: Backend,
+    dtype: torch.dtype,
+    *,
+    normalization: Literal["LN"] | None = None,
 ) -> Any:
-    """Make a TransformerLens model with these weights; randomness stays as it was."""
+    """Make a TransformerLens model with these weights; randomness stays as it was.
+
+    Args:
+        state: Weights under the names of HookedTransformer.
+        sizes: Of the model; ``d_model`` is taken from the weights.
+        backend: As in `build`.
+        dtype: Of all parameters.
+        normalization: ``"LN"`` where the weights have LayerNorms.
+
+    Raises:
+        UnknownName: if there is no such backend.
+        ModelError: if HookedTransformer is asked for and TransformerLens does not have it.
+    """
+    if backend not in get_args(Backend):
+        raise unknown("backend", backend, get_args(Backend))
+    hooked = backend != "bridge" and hooked_class() is not None
+    if backend == "hooked" and not hooked:
+        raise ModelError("backend='hooked' needs transformer-lens 3.9: use backend='bridge'")
     attn_only = "blocks.0.mlp.W_in" not in state
     config: dict[str, Any] = dict(
         n_layers=sizes.n_layers, n_heads=sizes.n_heads, d_head=sizes.d_head, n_ctx=N_CTX,
         d_model=state["embed.W_E"].shape[1], d_vocab=sizes.d_vocab, attn_only=attn_only,
-        d_mlp=sizes.d_mlp, act_fn="relu",
-        normalization_type=None, positional_embedding_type="standard", device="cpu", dtype=dtype,
+        d_mlp=sizes.d_mlp, act_fn="relu", normalization_type=normalization,
+        positional_embedding_type="standard", device="cpu", dtype=dtype,
         model_name="planted", init_weights=False,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]), no_deprecation():
@@ -416,7 +440,7 @@ def names() -> tuple[str, ...]:
 def build(
     name: str,
     *,
-    backend: Literal["auto", "hooked", "bridge"] = "auto",
+    backend: Backend = "auto",
     dtype: torch.dtype = torch.float32,
 ) -> PlantedCase:
     """Build a planted model.
@@ -445,7 +469,7 @@ def assemble(
     circuit: Circuit,
     *,
     sizes: Sizes = SMALL,
-    backend: Literal["auto", "hooked", "bridge"] = "auto",
+    backend: Backend = "auto",
     dtype: torch.dtype = torch.float32,
 ) -> PlantedCase:
     """Build a model of a circuit of one's own.
@@ -461,18 +485,13 @@ def assemble(
         UnknownName: if there is no such backend.
         ModelError: if ``d_model`` is too small for the circuit; and as `build`.
     """
-    if backend not in ("auto", "hooked", "bridge"):
-        raise unknown("backend", backend, ("auto", "hooked", "bridge"))
-    hooked = backend != "bridge" and hooked_class() is not None
-    if backend == "hooked" and not hooked:
-        raise ModelError("backend='hooked' needs transformer-lens 3.9: use backend='bridge'")
     writers, copiers, readers, relays = (
         frozenset(place for place, head in circuit.heads.items() if head.role == role)
         for role in ("writer", "copier", "reader", "relay")
     )
     return PlantedCase(
         name=name,
-        model=_model(_compose(circuit, sizes), sizes, hooked, dtype),
+        model=make_model(_compose(circuit, sizes), sizes, backend, dtype),
         task=PlantedTask(name, circuit.rule),
         template=TEMPLATE,
         writers=writers,

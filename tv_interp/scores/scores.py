@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 DIMS = (
     "prompt", "layer", "head", "demo", "role", "dest", "src",
-    "part", "site", "sender", "receiver", "via",
+    "part", "site", "sender", "receiver", "via", "edge",
 )  # fmt: skip
 
 
@@ -32,7 +32,7 @@ class Scores:
 
     Attributes:
         data: Effects over ``prompt`` and any of layer, head, demo, role, dest, src, part, site,
-            sender, receiver, via. Positive: the intervention's subject carries the task.
+            sender, receiver, via, edge. Positive: the intervention's subject carries the task.
         unit: Unit of the numbers.
         total: Effect of exchanging everything, by prompt: m(clean) - m(corrupted), or m(clean)
             minus the chance level where only clean prompts ran; None where there is neither.

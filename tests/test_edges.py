@@ -1,0 +1,307 @@
+"""Edges: exact patching equals a plain loop of hooks, attribution its derivative; laws."""
+
+from __future__ import annotations
+
+import re
+
+import naive
+import numpy as np
+import pytest
+import torch
+from conftest import KINDS, precise, tiny_model
+from random_models import ARCHITECTURES
+from test_exact import TOLERANCE, a_contrast, agree, sample
+
+import tv_interp as tv
+from tv_interp.analysis.graph import RoleGraph, split_edge
+
+KIND = KINDS[0]
+POST_NORM = {"gemma2"}
+
+
+# ------------------------------------------------------------------- one edge, with plain hooks
+
+
+def written(model, tokens, sender, arch):
+    """What a sender adds to the residual stream of one prompt, ``[pos, d_model]``."""
+    if sender == "embed":
+        return naive.read(model, tokens, ["blocks.0.hook_resid_pre"])[0]
+    layer, head = re.fullmatch(r"L(\d+)(?:H(\d+)|\.mlp)", sender).groups()
+    if head is None:
+        return naive.read(model, tokens, [f"blocks.{layer}.hook_mlp_out"])[0]
+    names = [f"blocks.{layer}.attn.hook_z", f"blocks.{layer}.hook_attn_out"]
+    z, out = naive.read(model, tokens, names)
+    each = torch.einsum("phe,hed->phd", z, model.blocks[int(layer)].attn.W_O.detach())
+    own = each[:, int(head)]
+    # the norm after attention scales each feature: a head's share is its part of the sum
+    return own / each.sum(1) * out if arch in POST_NORM else own
+
+
+def edge_effect(model, contrast, i, edge, arch, direction="noise", scale=1.0, x0=None):
+    """Effect of patching one edge in prompt i; ``x0`` replaces the embeddings of the base run."""
+    base, donor, sign = naive.sides(contrast, direction)
+    tokens = naive.tokens_of(base, i)
+    sender, receiver = split_edge(edge)
+    name, place = sender.split("@")
+    here = naive.tokens_with(base, i, place)
+    change = torch.zeros(tokens.shape[1], model.cfg.d_model, dtype=torch.float64)
+    new = written(model, naive.tokens_of(donor, i), name, arch)
+    change[here] = scale * (new - written(model, tokens, name, arch))[here]
+    start = [] if x0 is None else [("blocks.0.hook_resid_pre", lambda a: x0[None])]
+
+    def metric(edits=()):
+        return naive.logit_diff(naive.run(model, tokens, [*start, *edits]), contrast.clean, i)
+
+    def add(activation):
+        return activation + change
+
+    if receiver == "logits":
+        patch = (f"blocks.{model.cfg.n_layers - 1}.hook_resid_post", add)
+        return sign * (metric([patch]) - metric())
+    layer, head, via, dest = re.fullmatch(
+        r"L(\d+)(?:H(\d+))?\.(q|k|v|mlp)@(\w+)", receiver
+    ).groups()
+    block, there = f"blocks.{layer}", naive.tokens_with(base, i, dest)
+    shifted = (f"{block}.hook_resid_pre", add)
+    before = [*start, shifted]
+    if layer == "0" and x0 is not None:
+        before = [("blocks.0.hook_resid_pre", lambda a: x0[None] + change)]
+    if via == "mlp":
+        (out,) = naive.read(model, tokens, [f"{block}.hook_attn_out"], start)
+        held = (f"{block}.hook_attn_out", naive.hold(out))
+        (new,) = naive.read(model, tokens, [f"{block}.hook_mlp_out"], [*before, held])
+
+        def replace(activation):
+            activation[0, there] = new[there]
+            return activation
+
+        return sign * (metric([(f"{block}.hook_mlp_out", replace)]) - metric())
+    (changed,) = naive.read(model, tokens, [f"{block}.attn.hook_{via}"], before)
+    swap = (f"{block}.attn.hook_{via}", naive.hold(changed))
+    (z,) = naive.read(model, tokens, [f"{block}.attn.hook_z"], [*start, swap])
+    patch = (f"{block}.attn.hook_z", naive.put(there, int(head), z[there, int(head)]))
+    return sign * (metric([patch]) - metric())
+
+
+def some_edges(graph: RoleGraph, n: int, seed: int = 0) -> list[str]:
+    """Draw as many edges of each kind of receiver and of sender."""
+    kinds: dict[str, list[str]] = {}
+    for edge in graph.edges:
+        sender, receiver = split_edge(edge)
+        if sender.startswith(("embed@bos", "L0H0@bos")) or "@bos" in receiver:
+            continue  # nothing in front of it differs
+        kind = re.sub(r"\d+", "", sender.split("@")[0] + re.sub(r"@.*", "", receiver))
+        kinds.setdefault(kind, []).append(edge)
+    return [e for some in kinds.values() for e in sample(some, n, seed)]
+
+
+def table(model, contrast, edges, arch, **how) -> torch.Tensor:
+    return torch.stack(
+        [
+            torch.stack([edge_effect(model, contrast, i, e, arch, **how) for e in edges])
+            for i in range(len(contrast))
+        ]
+    )
+
+
+@pytest.mark.parametrize("direction", ["noise", "denoise"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_exact_edges_equal_the_plain_loop(arch, direction, kind):
+    """Every kind of sender and receiver, with words of one and of two tokens."""
+    dtype = torch.float64
+    model = tiny_model(arch, kind, dtype)
+    with precise(dtype):
+        contrast = a_contrast(arch, kind, "rugged" if direction == "noise" else "plain")
+        graph = RoleGraph.of(model, contrast.clean)
+        edges = some_edges(graph, 1, seed=len(arch))
+        found = tv.score_edges(model, contrast, method="exact", direction=direction, edges=edges)
+        expected = table(model, contrast, edges, arch, direction=direction)
+        agree("exact edges", found.data.sel(edge=edges), expected, dtype)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_eap_is_the_derivative_of_patching_an_edge(arch, kind):
+    """As if all inputs were split; grouped queries and norms included."""
+    model, step = tiny_model(arch, kind, torch.float64), 1e-5
+    with precise(torch.float64):
+        contrast = a_contrast(arch, kind, "rugged")
+        graph = RoleGraph.of(model, contrast.clean)
+        edges = some_edges(graph, 1, seed=len(arch) + 1)
+        found = tv.score_edges(model, contrast, method="eap").data.sel(edge=edges)
+        ends = [table(model, contrast, edges, arch, scale=s) for s in (step, -step)]
+        expected = (ends[0] - ends[1]) / (2 * step)
+    assert expected.abs().max() > 1e-3, "nothing to compare"
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=2e-7)
+
+
+@pytest.mark.parametrize("quadrature", ["midpoint", "left"])
+def test_integrated_gradients_average_over_runs_between(quadrature):
+    model, step, n = tiny_model("llama", KIND, torch.float64), 1e-5, 3
+    with precise(torch.float64):
+        contrast = a_contrast("llama", KIND, "plain").select([0])
+        edges = some_edges(RoleGraph.of(model, contrast.clean), 1)
+        found = tv.score_edges(
+            model, contrast, method="eap-ig", n_steps=n, quadrature=quadrature
+        ).data.sel(edge=edges)
+        clean, corrupted = (
+            written(model, naive.tokens_of(p, 0), "embed", "llama")
+            for p in (contrast.clean, contrast.corrupted)
+        )
+        expected = torch.zeros(1, len(edges), dtype=torch.float64)
+        for k in range(n):
+            at = (k + (0.5 if quadrature == "midpoint" else 0)) / n
+            x0 = corrupted + at * (clean - corrupted)
+            for scale in (step, -step):
+                part = table(model, contrast, edges, "llama", scale=scale, x0=x0)
+                expected += part / (2 * scale * n)
+    assert expected.abs().max() > 1e-3, "nothing to compare"
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=2e-7)
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "gpt_neox", "gemma2"])
+def test_integrated_gradients_of_the_embedding_add_up_to_the_total(arch, kind):
+    """The fundamental theorem: all edges out of what is interpolated are its whole effect."""
+    model = tiny_model(arch, kind, torch.float64)
+    with precise(torch.float64):
+        contrast = a_contrast(arch, kind, "plain").select([0])
+        scores = tv.score_edges(model, contrast, method="eap-ig", n_steps=40)
+    out_of = [str(e) for e in scores.data.edge.values if str(e).startswith("embed@")]
+    whole = scores.data.sel(edge=out_of).sum("edge")
+    np.testing.assert_allclose(whole, scores.total, rtol=2e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize("direction", ["noise", "denoise"])
+def test_integrated_gradients_of_activations_add_up_to_patching_a_layer(direction):
+    """All heads of a layer, or an MLP, at all tokens: what exchanging its output does."""
+    model = tiny_model("gemma2", KIND, torch.float64)
+    with precise(torch.float64):
+        contrast = a_contrast("gemma2", KIND, "plain").select([0])
+        scores = tv.score_edges(
+            model, contrast, method="eap-ig-activations", n_steps=20, direction=direction
+        )
+        base, donor, sign = naive.sides(contrast, direction)
+        for senders, what in (("L1H", "hook_attn_out"), ("L0.mlp", "hook_mlp_out")):
+            name = f"blocks.{senders[1]}.{what}"
+            out_of = [str(e) for e in scores.data.edge.values if str(e).startswith(senders)]
+            found = scores.data.sel(edge=out_of).sum("edge").values
+            for i in range(len(contrast)):
+                tokens = naive.tokens_of(base, i)
+                (new,) = naive.read(model, naive.tokens_of(donor, i), [name])
+                patched = naive.run(model, tokens, [(name, naive.hold(new))])
+                plain = naive.run(model, tokens)
+                expected = naive.logit_diff(patched, contrast.clean, i)
+                expected = sign * (expected - naive.logit_diff(plain, contrast.clean, i))
+                assert abs(float(expected)) > 1e-2, "nothing to compare"
+                assert found[i] == pytest.approx(float(expected), rel=2e-2, abs=2e-3)
+
+
+def test_five_midpoints_are_closer_to_the_integral_than_five_left_ends():
+    model, contrast = tiny_model("gpt2", KIND), a_contrast("gpt2", KIND, "plain")
+    gold = tv.score_edges(model, contrast, method="eap-ig", n_steps=40).data.values
+    error = {
+        q: np.abs(
+            tv.score_edges(model, contrast, method="eap-ig", quadrature=q).data.values - gold
+        ).sum()
+        / np.abs(gold).sum()
+        for q in ("midpoint", "left")
+    }
+    assert error["midpoint"] < error["left"] / 2
+
+
+@pytest.mark.parametrize("method", ["exact", "eap", "eap-ig-activations"])
+def test_edges_do_not_depend_on_batches(method, monkeypatch):
+    from tv_interp.analysis import attribution
+    from tv_interp.interventions import recording
+
+    model, contrast = tiny_model("llama", KIND), a_contrast("llama", KIND, "plain", 5)
+    edges = some_edges(RoleGraph.of(model, contrast.clean), 2)
+    some = dict(edges=edges, n_steps=2)
+    whole = tv.score_edges(model, contrast, method=method, **some).data.values
+    monkeypatch.setattr(recording, "MOST_ROWS", 3)
+    monkeypatch.setattr(
+        attribution, "few_rows", lambda adapter, tape, *a: torch.arange(tape.n_rows).split(2)
+    )
+    parts = tv.score_edges(model, contrast, method=method, **some).data.values
+    assert np.abs(whole).max() > 1e-2
+    np.testing.assert_allclose(parts, whole, atol=TOLERANCE[torch.float32])
+
+
+def test_demonstrations_one_by_one_have_edges_of_their_own():
+    model, contrast = tiny_model("gpt2", KIND), a_contrast("gpt2", KIND, "plain")
+    joint = tv.score_edges(model, contrast, method="eap").data
+    each = tv.score_edges(model, contrast, method="eap", demos="each").data
+    parts = [f"L0H1@answer[{i}]->L2H3.v@query_is" for i in range(3)]
+    whole = joint.sel(edge="L0H1@answer->L2H3.v@query_is")
+    np.testing.assert_allclose(each.sel(edge=parts).sum("edge"), whole, atol=1e-5)
+    assert "L0H1@answer[2]->L2H3.v@x[1]" not in each.edge.values  # it comes later
+
+
+def test_what_edges_cannot_do_is_refused():
+    model, contrast = tiny_model("gpt2", KIND), a_contrast("gpt2", KIND, "plain")
+    for settings, message in (
+        (dict(method="eep"), "unknown method 'eep': did you mean 'eap'"),
+        (dict(quadrature="right"), "unknown quadrature 'right'"),
+        (dict(n_steps=0), "expected n_steps of 1 or more, got 0"),
+        (dict(metric="accuracy"), "metric 'accuracy' is not differentiable"),
+        (
+            dict(edges=["L0H1@anwser->logits"]),
+            "unknown node 'L0H1@anwser': did you mean 'L0H1@answer'",
+        ),
+        (dict(edges=["L0H1@answer"]), "expected an edge such as 'L0H1@answer->L2H1.v@query_is'"),
+        (dict(edges=["L0H1@answer->logits"]), "no edge leads from L0H1@answer to logits"),
+        (dict(demos="some"), "unknown demos 'some'"),
+    ):
+        with pytest.raises(tv.TvInterpError, match=message):
+            tv.score_edges(model, contrast, **settings)
+    graph = RoleGraph.of(model, contrast.clean)
+    with pytest.raises(tv.TvInterpError, match="no path between the chosen senders and receivers"):
+        graph.between(["L2H1@query_is"], ["L1H0@query_is"])
+    with pytest.raises(tv.TvInterpError, match="unknown node 'L1H9@query_is'"):
+        graph.between(receivers=["L1H9@query_is"])
+    assert graph.between(["embed@query_is"], ["logits"]) == ("embed@query_is->logits",)
+
+
+def name_of(node) -> str:
+    """Our name of TransformerLens's node, without its place."""
+    if node.kind in ("embed", "logits"):
+        return node.kind
+    head = "" if node.head is None else f"H{node.head}"
+    return f"L{node.layer}{head}" + {
+        "attn_head_out": "", "mlp_out": ".mlp", "mlp_in": ".mlp",
+        "q_input": ".q", "k_input": ".k", "v_input": ".v",
+    }[node.kind]  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "gpt_neox"])
+def test_eap_equals_that_of_transformer_lens(arch):
+    """Theirs is by token, one prompt at a time, and has one edge for all places that read a key."""
+    theirs = pytest.importorskip(
+        "transformer_lens.tools.analysis.attribution_patching", reason="TransformerLens 4.3 has it"
+    )
+    model = tiny_model(arch, "bridge")
+    contrast = a_contrast(arch, "bridge", "rugged").select([0])
+    clean, corrupted = (naive.tokens_of(p, 0) for p in (contrast.clean, contrast.corrupted))
+    gold = theirs.attribution_patch(
+        model,
+        clean,
+        corrupted,
+        lambda logits: naive.logit_diff(
+            logits.reshape(-1, logits.shape[-1])[-1], contrast.clean, 0
+        ),
+        theirs.EdgeAttributionConfig(granularity="edge"),
+    )
+    expected: dict[tuple[str, str, str], float] = {}
+    for (writer, reader), score in gold.edge_scores.items():
+        place = naive.ROLES[contrast.clean.role_ids[0, writer.position]]
+        key = name_of(writer), place, name_of(reader)
+        expected[key] = expected.get(key, 0.0) + float(score)
+    found: dict[tuple[str, str, str], float] = {}
+    scores = tv.score_edges(model, contrast, method="eap", direction="denoise").data[0]
+    for edge, score in zip(scores.edge.values, scores.values, strict=True):
+        sender, receiver = split_edge(str(edge))
+        key = (*sender.split("@"), receiver.split("@")[0])
+        found[key] = found.get(key, 0.0) + float(score)
+    assert max(map(abs, found.values())) > 0.1
+    for key, score in found.items():
+        assert score == pytest.approx(expected.pop(key), abs=2e-5), key
+    assert max(map(abs, expected.values()), default=0) < 1e-6  # what reaches nothing

@@ -1,0 +1,275 @@
+"""Attribution of edges: what each edge carries to first order, all at once.
+
+The score of an edge from sender u at place s to receiver r is
+
+    sum over tokens t of s of (u_clean - u_corrupted)[t] . dm/d(input of r)[t]
+
+EAP (Syed et al. 2023, arXiv 2310.10348) takes the gradient in the run that is patched: the clean
+one for ``direction="noise"``, the corrupted one for ``"denoise"``. EAP-IG (Hanna et al. 2024, arXiv
+2403.17806) averages it over runs between the two: with the embeddings interpolated (inputs), or
+with the output of the sender's own attention layer or MLP interpolated in the clean or corrupted
+run (activations). Positive: the edge carries the task, as with exact patching of it.
+
+No input is split. The gradient at an input of a head is that at its q, k or v, mapped back through
+the linear map and the norm's Jacobian; at an MLP's input it is what is left of the residual
+stream's gradient when all else that reads there is taken away. Keys and values are read by heads at
+several places: the gradient through those at one place is a backward pass of attention alone from
+z at that place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from tqdm import tqdm
+
+from ..interventions.recording import Run
+from ..models.adapter import Edit, HookName
+from ..models.parts import VIA, Parts, Via
+from ..models.replay import Layout, Tape
+from ..scores.metrics import Readout
+from .gradients import Walk, few_rows, some_rows
+from .graph import RoleGraph
+
+Gradient = Literal["eap", "eap-ig", "eap-ig-activations"]
+
+
+@dataclass(frozen=True, eq=False)
+class Outputs:
+    """What all senders write in one run, for some rows of equal length.
+
+    Attributes:
+        senders: ``[row, pos, sender, d_model]`` in the graph's order.
+        constant: What each layer adds besides (attention biases), ``[row, pos, layer, d_model]``.
+        heads: What attention adds as a whole, layer by layer.
+        mlps: What MLPs add.
+    """
+
+    senders: Float[Tensor, "row pos sender d_model"]
+    constant: Float[Tensor, "row pos layer d_model"]
+    heads: list[Float[Tensor, "row pos d_model"]]
+    mlps: list[Float[Tensor, "row pos d_model"]]
+
+    @classmethod
+    def of(cls, parts: Parts, tape: Tape) -> Outputs:
+        """Compute them from a recorded run."""
+        senders, constant = [tape.resid[0][:, :, None]], []
+        heads, mlps = [], []
+        for layer in parts.adapter.layers:
+            names: list[HookName] = [("attn_out", layer)]
+            names += [("mlp_out", layer)] * parts.has_mlp
+            seen = parts.adapter.read_block(tape, layer, names)
+            each = parts.writes(layer, tape.z[layer])
+            heads.append(seen["attn_out", layer])
+            senders.append(each)
+            constant.append(heads[-1] - each.sum(2))
+            if parts.has_mlp:
+                mlps.append(seen["mlp_out", layer])
+                senders.append(mlps[-1][:, :, None])
+        return cls(torch.cat(senders, 2), torch.stack(constant, 2), heads, mlps)
+
+
+def attribute(
+    graph: RoleGraph,
+    parts: Parts,
+    runs: tuple[Run, Run],
+    masks: Bool[Tensor, "prompt pos place"],
+    readout: Readout,
+    *,
+    method: Gradient,
+    points: Sequence[float],
+    progress: bool = False,
+) -> Float[np.ndarray, "prompt edge"]:
+    """Attribute the metric to all edges.
+
+    Args:
+        graph: Whose edges.
+        parts: The model.
+        runs: The run whose gradient EAP takes, and the other.
+        masks: The graph's places.
+        readout: The metric.
+        method: ``"eap"``, ``"eap-ig"`` (inputs) or ``"eap-ig-activations"``.
+        points: Where runs lie between the two, 0 at the first; EAP takes none.
+        progress: Whether to show a bar.
+
+    Returns:
+        Scores of the change from the first run to the other, ``[prompt, edge]``.
+    """
+    base, other = runs
+    adapter = parts.adapter
+    out = np.zeros((len(base.prompts), len(graph.edges)))
+    pairs = list(zip(base.tapes(), other.tapes(), strict=True))
+    copies = graph.n_heads + graph.n_senders
+    for (rows, tape), (_, donor) in tqdm(pairs, "edges", disable=not progress, leave=False):
+        for some in few_rows(adapter, tape, base.max_memory, copies):
+            here, there = some_rows(tape, some), some_rows(donor, some)
+            which = rows[some]
+            at = masks[which, : tape.n_pos].to(adapter.device)
+            step = _Step(graph, parts, here, at, readout, which)
+            ours, theirs = Outputs.of(parts, here), Outputs.of(parts, there)
+            change = theirs.senders - ours.senders
+            found = np.zeros((len(which), len(graph.edges)))
+            if method == "eap":
+                step.add(found, change, here.resid[0], 1.0)
+            elif method == "eap-ig":
+                for a in points:
+                    between = torch.lerp(here.resid[0], there.resid[0], a)
+                    step.add(found, change, between, 1 / len(points))
+            else:
+                for senders, swap in _groups(graph, here, there, ours, theirs):
+                    part = torch.zeros_like(change)
+                    part[:, :, senders] = change[:, :, senders]
+                    for a in points:
+                        x, swaps = swap(a)
+                        step.add(found, part, x, 1 / len(points), swaps)
+            out[which.numpy()] = found
+    return out
+
+
+def _groups(
+    graph: RoleGraph, here: Tape, there: Tape, ours: Outputs, theirs: Outputs
+) -> Iterator[tuple[slice, Callable[[float], tuple[Tensor, dict[HookName, Tensor]]]]]:
+    """Go through what is interpolated by itself: the embedding, each layer's heads, each MLP."""
+    x = here.resid[0]
+    yield slice(0, 1), lambda a: (torch.lerp(x, there.resid[0], a), {})
+
+    def swap(
+        name: HookName, old: Tensor, new: Tensor
+    ) -> Callable[[float], tuple[Tensor, dict[HookName, Tensor]]]:
+        return lambda a: (x, {name: torch.lerp(old, new, a)})
+
+    for layer in range(graph.n_layers):
+        first = graph.below(layer)
+        heads = slice(first, first + graph.n_heads)
+        yield heads, swap(("attn_out", layer), ours.heads[layer], theirs.heads[layer])
+        if graph.has_mlp:
+            mlp = slice(heads.stop, heads.stop + 1)
+            yield mlp, swap(("mlp_out", layer), ours.mlps[layer], theirs.mlps[layer])
+
+
+class _Step:
+    """One run between two, and its gradients at all receivers."""
+
+    def __init__(
+        self,
+        graph: RoleGraph,
+        parts: Parts,
+        tape: Tape,
+        masks: Bool[Tensor, "row pos place"],
+        readout: Readout,
+        rows: Tensor,
+    ) -> None:
+        """Keep some rows of a recorded run."""
+        self.graph, self.parts, self.tape = graph, parts, tape
+        self.masks, self.readout, self.rows = masks.to(tape.resid[0].dtype), readout, rows
+
+    def add(
+        self,
+        found: Float[np.ndarray, "row edge"],
+        change: Float[Tensor, "row pos sender d_model"],
+        x: Float[Tensor, "row pos d_model"],
+        weight: float,
+        swaps: Mapping[HookName, Tensor] = MappingProxyType({}),
+    ) -> None:
+        """Add the scores of one run, from ``x`` and with some activations swapped.
+
+        Where a layer's output is swapped, what comes before it is the same whatever it is, so only
+        edges from there on are meant.
+        """
+        graph, serial = self.graph, self.graph.has_mlp and self.graph.order == "serial"
+        first = min((layer for _, layer in swaps), default=0)
+        attends = range(first + bool(swaps), graph.n_layers)
+        leaves: list[HookName] = [("z", layer) for layer in attends]
+        leaves += [("resid_pre", la) for la in range(attends.start, graph.n_layers + 1)]
+        leaves += [("attn_out", la) for la in range(first, graph.n_layers) if serial]
+        leaves = list(dict.fromkeys([*leaves, *swaps]))
+        walk = Walk(self.parts.adapter, self.tape, x, self.readout, self.rows, leaves, swaps)
+        at = walk.gradients
+        for layer in range(first, graph.n_layers):
+            read = torch.zeros_like(x)  # the gradient that reaches the stream through attention
+            if layer in attends:
+                for via, dest, gradient in self._at_heads(layer, walk.resid[layer], at["z", layer]):
+                    products = self._products(change[:, :, : graph.below(layer)], gradient)
+                    numbers = graph.numbers[via, layer][:, :, dest]
+                    _add(found, numbers, products, weight)
+                    read += gradient.sum(2)
+            if serial:
+                at_mlp = at["attn_out", layer] - at["resid_pre", layer + 1]
+            elif graph.has_mlp and layer in attends:
+                at_mlp = at["resid_pre", layer] - at["resid_pre", layer + 1] - read
+            else:
+                continue
+            some = change[:, :, : graph.below(layer, "mlp")]
+            products = self._products(some, at_mlp[:, :, None])
+            _add(found, graph.numbers["mlp", layer], products[..., 0], weight)
+        products = self._products(change, at["resid_pre", graph.n_layers][:, :, None])
+        _add(found, graph.numbers["logits", graph.n_layers], products[..., 0], weight)
+
+    def _products(
+        self,
+        change: Float[Tensor, "row pos sender d_model"],
+        gradient: Float[Tensor, "row pos receiver d_model"],
+    ) -> Float[Tensor, "row place sender receiver"]:
+        """Multiply changes with gradients and sum over the tokens of the sender's place."""
+        return torch.einsum("btsr,btp->bpsr", change @ gradient.mT, self.masks)
+
+    def _at_heads(
+        self, layer: int, x: Float[Tensor, "row pos d_model"], at_z: Tensor
+    ) -> Iterator[tuple[Via, int, Float[Tensor, "row pos head d_model"]]]:
+        """Get the gradients at the inputs of heads: via, place of the head, gradients."""
+        for dest in range(len(self.graph.places)):
+            if not self.graph.is_live(layer, dest):
+                continue
+            from_dest = at_z * self.masks[:, :, dest, None, None]
+            for via, gradient in zip(VIA, self._at_qkv(layer, x, from_dest), strict=True):
+                weight, _ = self.parts.weights(layer, via)
+                normed = torch.einsum("bthe,hde->hbtd", gradient, weight)
+                inputs = x.expand_as(normed).clone().requires_grad_(True)
+                out = self.parts.norm(layer, inputs, gradients="on")
+                (found,) = torch.autograd.grad(out, inputs, normed)
+                yield via, dest, found.permute(1, 2, 0, 3)
+
+    def _at_qkv(
+        self, layer: int, x: Tensor, at_z: Tensor
+    ) -> list[Float[Tensor, "row pos head d_head"]]:
+        """Get the gradients at each query head's own q, k and v.
+
+        Heads that share keys and values take turns, in copies of the rows.
+        """
+        adapter, (n_rows, n_pos) = self.parts.adapter, x.shape[:2]
+        n_turns = adapter.n_heads // adapter.n_kv_heads
+        turn = torch.arange(adapter.n_heads, device=x.device) % n_turns
+        turns = torch.arange(n_turns, device=x.device)[:, None] == turn  # [turn, head]
+        wanted = torch.where(turns[:, None, None, :, None], at_z, 0).flatten(0, 1)
+        leaves: dict[HookName, Tensor] = {}
+
+        def plant(name: HookName) -> Edit:
+            def edit(activation: Tensor) -> Tensor:
+                leaves[name] = torch.zeros_like(activation, requires_grad=True)
+                return activation + leaves[name]
+
+            return edit
+
+        edits: dict[HookName, Edit] = {(via, layer): plant((via, layer)) for via in VIA}
+        layout = Layout.suffix(0, n_pos)
+        copies = x.repeat(n_turns, 1, 1)
+        z = adapter.block(self.tape, layer, copies, layout, edits=edits, until="z", gradients="on")
+        named = [leaves[via, layer] for via in VIA]
+        q, k, v = (g.unflatten(0, (n_turns, n_rows)) for g in torch.autograd.grad(z, named, wanted))
+        own = [g.permute(1, 2, 3, 0, 4).flatten(2, 3) for g in (k, v)]
+        return [q.sum(0), *own]
+
+
+def _add(
+    found: np.ndarray, numbers: np.ndarray, values: Float[Tensor, "row ..."], weight: float
+) -> None:
+    """Add values to the edges with these numbers."""
+    there = numbers >= 0
+    found[:, numbers[there]] += weight * values.detach().cpu().numpy()[:, there]
