@@ -117,7 +117,7 @@ def test_an_output_directory_that_cannot_be_written_is_said_first(capsys, tmp_pa
 
 def test_no_command_is_an_error(capsys):
     code, _, err = run(capsys)
-    assert code == 2 and "{heads,vectors,circuit,saliency,linear,predictions" in err
+    assert code == 2 and "{heads,vectors,circuit,saliency,linear, ...}" in err
 
 
 def test_tasks_lists_every_family_in_80_columns_and_as_json(capsys):
