@@ -16,6 +16,11 @@ import tv_interp as tv
 from tv_interp.analysis.graph import RoleGraph, split_edge
 
 KIND = KINDS[0]
+# each architecture in one of the classes, by turns: the parts of both are tested on all models
+EACH_ARCH = [
+    pytest.param(arch, KINDS[i % len(KINDS)], id=f"{arch}-{KINDS[i % len(KINDS)]}")
+    for i, arch in enumerate(ARCHITECTURES)
+]
 POST_NORM = {"gemma2"}
 
 
@@ -104,11 +109,10 @@ def table(model, contrast, edges, arch, **how) -> torch.Tensor:
     )
 
 
-@pytest.mark.parametrize("direction", ["noise", "denoise"])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_exact_edges_equal_the_plain_loop(arch, direction, kind):
+def test_exact_edges_equal_the_plain_loop(arch, kind):
     """Every kind of sender and receiver, with words of one and of two tokens."""
-    dtype = torch.float64
+    dtype, direction = torch.float64, "noise" if kind == KIND else "denoise"
     model = tiny_model(arch, kind, dtype)
     with precise(dtype):
         contrast = a_contrast(arch, kind, "rugged" if direction == "noise" else "plain")
@@ -119,7 +123,7 @@ def test_exact_edges_equal_the_plain_loop(arch, direction, kind):
         agree("exact edges", found.data.sel(edge=edges), expected, dtype)
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(("arch", "kind"), EACH_ARCH)
 def test_eap_is_the_derivative_of_patching_an_edge(arch, kind):
     """As if all inputs were split; grouped queries and norms included."""
     model, step = tiny_model(arch, kind, torch.float64), 1e-5
@@ -158,7 +162,7 @@ def test_integrated_gradients_average_over_runs_between(quadrature):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=2e-7)
 
 
-@pytest.mark.parametrize("arch", ["gpt2", "gpt_neox", "gemma2"])
+@pytest.mark.parametrize(("arch", "kind"), [EACH_ARCH[i] for i in (0, 3, 5)])
 def test_integrated_gradients_of_the_embedding_add_up_to_the_total(arch, kind):
     """The fundamental theorem: all edges out of what is interpolated are its whole effect."""
     model = tiny_model(arch, kind, torch.float64)
@@ -170,6 +174,7 @@ def test_integrated_gradients_of_the_embedding_add_up_to_the_total(arch, kind):
     np.testing.assert_allclose(whole, scores.total, rtol=2e-2, atol=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["noise", "denoise"])
 def test_integrated_gradients_of_activations_add_up_to_patching_a_layer(direction):
     """All heads of a layer, or an MLP, at all tokens: what exchanging its output does."""
@@ -281,6 +286,10 @@ def test_eap_equals_that_of_transformer_lens(arch):
     model = tiny_model(arch, "bridge")
     contrast = a_contrast(arch, "bridge", "rugged").select([0])
     clean, corrupted = (naive.tokens_of(p, 0) for p in (contrast.clean, contrast.corrupted))
+    try:
+        config = theirs.EdgeAttributionConfig(granularity="edge")
+    except NotImplementedError:
+        pytest.skip("TransformerLens 4.3 has edges")
     gold = theirs.attribution_patch(
         model,
         clean,
@@ -288,7 +297,7 @@ def test_eap_equals_that_of_transformer_lens(arch):
         lambda logits: naive.logit_diff(
             logits.reshape(-1, logits.shape[-1])[-1], contrast.clean, 0
         ),
-        theirs.EdgeAttributionConfig(granularity="edge"),
+        config,
     )
     expected: dict[tuple[str, str, str], float] = {}
     for (writer, reader), score in gold.edge_scores.items():

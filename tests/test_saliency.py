@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import KINDS, precise, tiny_model
-from random_models import ARCHITECTURES
+from test_edges import EACH_ARCH
 from test_exact import a_contrast
 
 import tv_interp as tv
@@ -30,7 +30,7 @@ def finite_difference(model, prompts, i, layer, head, dest, src, metric=naive.lo
     return float(values[0] - values[1]) / (2 * STEP)
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(("arch", "kind"), EACH_ARCH)
 def test_saliency_equals_a_finite_difference(arch, kind):
     """In pairs of roles with several tokens, of prompts of different length."""
     model = tiny_model(arch, kind, torch.float64)

@@ -224,7 +224,7 @@ def discover_circuit(
     model: Any,
     contrast: Contrast,
     *,
-    method: Method = "exact",
+    method: Method = "eap-ig",
     n_edges: int | None = None,
     threshold: float | None = None,
     direction: Direction = "noise",
@@ -239,7 +239,7 @@ def discover_circuit(
     Args:
         model: A HookedTransformer or TransformerBridge in eval mode.
         contrast: Clean and corrupted prompts.
-        method: As in `score_edges`: ``"exact"``, ``"eap"``, ``"eap-ig"`` or
+        method: As in `score_edges`: ``"eap-ig"``, ``"exact"``, ``"eap"`` or
             ``"eap-ig-activations"``.
         n_edges: How many edges with the largest absolute mean score, before those are taken away
             that nothing reaches or that reach nothing; None for 5 % of all, where no threshold is
