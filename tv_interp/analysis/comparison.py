@@ -235,19 +235,20 @@ def compare_vectors(
         # what the prompts answer with nothing injected: each is run once for all metrics
         plain = [("few-shot", side.clean, last_logits(adapter, side.clean))]
         plain += [(kind, p, recorded[kind].logits) for kind, p in side.recipients.items()]
-        for metric in METRICS if name == "test" else (select,):
+        metrics = METRICS if name == "test" else (select,)
+        found = [
+            inject_vectors(
+                model, side.recipients[c.recipient], c.vectors, at=c.at, metric=metrics,
+                run=recorded[c.recipient], progress=progress,
+            )
+            for c in curves
+        ]  # fmt: skip
+        for metric in metrics:
             key = f"{name}/{metric}"
             unit = get_metric(metric).unit
             about = attrs | {"metric": metric}
-            found = [
-                inject_vectors(
-                    model, side.recipients[c.recipient], c.vectors, at=c.at, metric=metric,
-                    run=recorded[c.recipient], progress=progress,
-                ).data.values
-                for c in curves
-            ]  # fmt: skip
             scores[key] = label_scores(
-                np.stack(found, -1), ("layer", "site"),
+                np.stack([each[metric].data.values for each in found], -1), ("layer", "site"),
                 {"layer": np.arange(adapter.n_layers), "site": list(groups)},
                 unit=unit, total=None, prompts=side.clean, attrs=about,
             )  # fmt: skip

@@ -294,7 +294,7 @@ def convergence_boundary(
     """
     adapter, measure = Adapter.of(model), get_metric(metric)
     contrast = prompts.dummies(seed=seed)
-    rows = torch.arange(len(contrast))
+    rows, run = torch.arange(len(contrast)), record_run(adapter, contrast.corrupted)
     values = []
     for k in range(prompts.n_demos + 1):
         donors = contradict(contrast.clean, k, seed=seed)
@@ -302,7 +302,9 @@ def convergence_boundary(
         logits = last_logits(adapter, donors)
         cell = [measure.readout(Targets.of(contrast.clean))(logits, rows).numpy()]
         for vectors in (local, local.pos_avg()):
-            found = inject_vectors(model, contrast.corrupted, vectors, layers=layer, metric=measure)
+            found = inject_vectors(
+                model, contrast.corrupted, vectors, layers=layer, metric=measure, run=run
+            )
             cell.append(found.data.values[:, 0])
         values.append(np.stack(cell, -1))
     attrs = provenance(adapter) | contrast.provenance
@@ -420,7 +422,7 @@ def ablate_demos(
         raise PromptError("expected two prompts or more: ablations come from other prompts")
     if draws < 1:
         raise TvInterpError(f"expected draws of 1 or more, got {draws}")
-    resid = residual_at(adapter, prompts, at, "resid_pre")
+    resid, _ = residual_at(adapter, prompts, at, "resid_pre")
     others = resid.roll(len(prompts) // 2, 0)
     mean = resid.mean(0, keepdim=True).expand_as(resid)
     rng = np.random.default_rng([seed, 7])
