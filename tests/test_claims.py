@@ -11,8 +11,9 @@ import xarray as xr
 from conftest import KINDS
 
 from tv_interp import cli
-from tv_interp.analysis.claims import Claims, check_claims, judge, verdict_of
+from tv_interp.analysis.claims import check_claims
 from tv_interp.analysis.comparison import compare_vectors
+from tv_interp.analysis.verdicts import Claims, judge, verdict_of
 from tv_interp.errors import TvInterpError, UnknownName
 from tv_interp.models import planted
 from tv_interp.scores import Scores
@@ -51,7 +52,7 @@ def test_a_share_of_nothing_is_undecided():
     assert lo < value < hi and verdict == "appears" and value == pytest.approx(0.6, abs=0.1)
     noise = xr.DataArray(rng.normal(0, 1, 40), dims=("prompt",))
     value, *_, verdict, reason = judge(effect, 0.25, over=noise)
-    assert np.isnan(value) and verdict == "undecided" and reason == "nothing to be a share of"
+    assert np.isnan(value) and verdict == "undecided" and reason == "no gap"
 
 
 def test_the_planted_look_up_gets_the_verdicts_that_were_planted():

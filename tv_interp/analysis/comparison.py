@@ -40,6 +40,7 @@ RECIPIENTS = ("dummy", "zero-shot")
 GROUPS = ("vector", "control", "probe")
 """A vector works only where it beats every control. A probe tells what is in a vector, and what it
 means depends on the task: deranged answers still tell a relation whose answers tell it."""
+RANDOM = "random-answer donors"
 LEAST = 0.8
 """A control that fits a smaller share of the prompts is left out and noted."""
 
@@ -185,7 +186,7 @@ def compare_vectors(
     task: str | Task,
     *,
     n_demos: int = 8,
-    n_prompts: int = 64,
+    n_prompts: int = 200,
     seed: int = 0,
     template: str | None = None,
     progress: bool = False,
@@ -391,7 +392,7 @@ class _Side:
             out.append(curve("dummy", f"at {role}", vectors, role))
         for name, donors in self.donors.items():
             out.append(curve("dummy", name, extract_vectors(self.model, donors), "answer"))
-            if name == "random-answer donors":
+            if name == RANDOM:
                 asked = donors.other_query(seed=self.seed + 2) if self.other_query else donors
                 theirs = extract_vectors(self.model, asked, at="query_is")
                 out.append(curve("zero-shot", name, theirs, "query_is"))
@@ -497,9 +498,11 @@ def _redrawn(
     return rows, clean.with_samples(samples)
 
 
-_CONTROLS = ("random-answer donors", "noise", "random vectors")
+random_answer_donors = _twins("dummies")
+"""Rows of clean prompts, and their twins with random answers, which can be asked something else."""
+_CONTROLS = (RANDOM, "noise", "random vectors")
 _DONORS = {
-    "random-answer donors": _twins("dummies"),
+    RANDOM: random_answer_donors,
     "shuffled donors": _twins("answers"),
     "same x, other rule": _twins("rule"),
     "same rule, other x": other_inputs,
