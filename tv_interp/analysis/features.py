@@ -91,8 +91,9 @@ class Geometry:
             f"Share of variance, Mahalanobis distance, and {s['metric']} with a factor taken out",
             "from a layer on (0: all layers). rank, var: random subspaces of equal rank or",
             f"removed variance as {abstract} (1) or {concrete} (2).",
-            f"{'':>5}{'share':>14}{'distance':>14}  {s['metric']} without",
-            "layer" + 2 * f"{abstract[:6]:>7}{concrete[:6]:>7}" + "".join(f"{h:>6}" for h in heads),
+            f"{'':>5}{'share':>12}{'distance':>14}  {s['metric']} without",
+            f"layer{heads[1]:>6}{heads[2]:>6}{abstract[:6]:>7}{concrete[:6]:>7}"
+            + "".join(f"{h:>6}" for h in heads),
         ]
         mean = self.ablated.mean()
         for layer in mean["layer"].values:
@@ -102,7 +103,7 @@ class Geometry:
                 for factor in (abstract, concrete)
             ]
             lines.append(
-                f"{layer:>5}{cells[0]:>7.2f}{cells[1]:>7.2f}{cells[2]:>7.1f}{cells[3]:>7.1f}"
+                f"{layer:>5}{cells[0]:>6.2f}{cells[1]:>6.2f}{cells[2]:>7.1f}{cells[3]:>7.1f}"
                 + "".join(f"{float(v):>6.2f}" for v in mean.sel(layer=layer))
             )
         return "\n".join(lines)
