@@ -20,6 +20,7 @@ from tv_interp.models import planted
 from tv_interp.models.load import load_model
 from tv_interp.prompts.tasks.categorization import hybrid_task
 from tv_interp.scores import Scores
+from tv_interp.show.claims import VERDICTS, plot_claims
 from tv_interp.show.plots import plot_vectors
 from tv_interp.show.report import write_vector_page
 
@@ -102,6 +103,21 @@ def test_claims_come_back_from_a_file_and_make_a_table_for_a_card(tmp_path):
     (tmp_path / "a.json").write_text("{}")
     with pytest.raises(FileError, match="is no claims file of tv_interp"):
         Claims.load(tmp_path / "a.json")
+
+
+def test_the_picture_of_claims_has_a_cell_for_each_and_a_colour_for_each_verdict():
+    figure = plot_claims([claims()]).data[0]
+    names = list(VERDICTS)
+    drawn = {y.replace("<br>", " "): (z[0], t[0]) for y, z, t in
+             zip(figure.y, figure.z, figure.text, strict=True)}  # fmt: skip
+    for row in claims().rows:
+        number = f"{row.effect:.2f}" if np.isfinite(row.effect) else ""
+        assert drawn[row.text] == (names.index(row.verdict), number)
+    both = [claims(), replace(claims(), rows=(replace(claims().rows[0], model="other"),))]
+    wide = plot_claims(both).data[0]
+    assert len(wide.x) == 2 and np.isnan(wide.z[1][1]) and wide.customdata[1][1] == "not asked"
+    with pytest.raises(TvInterpError, match="expected at least one claim"):
+        plot_claims([])
 
 
 def asked() -> _Asked:

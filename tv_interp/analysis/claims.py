@@ -97,6 +97,7 @@ class _Asked:
         self.select = report.settings["select"]
         self.test = report.scores[f"test/{self.select}"]
         self.local_works: Verdict = "undecided"
+        self.global_works: Verdict = "undecided"  # of one trial, as in the 2 x 2
 
     def claim(
         self,
@@ -123,6 +124,7 @@ class _Asked:
         single, averaged = "zero-shot: global, other query", "zero-shot: global, Trial Avg"
         if {single, averaged} <= have:
             out.append(self._works(f"{GLOBAL}, one trial", "knowledge", single, "zero-shot"))
+            self.global_works = out[-1].verdict
             out.append(self._works(f"{GLOBAL}, Trial Avg", "knowledge", averaged, "zero-shot"))
             out.append(
                 self._against("Trial Avg helps the global vector", "knowledge", averaged, single)
@@ -210,7 +212,7 @@ class _Asked:
         at = found.effect_ratio().sel(layer=layer)
         value, lo, hi = (float(at[name]) for name in ("value", "lo", "hi"))
         verdict = verdict_of(lo, hi, SAME)
-        reason = "" if np.isfinite(value) else "no effect to share"
+        reason = "" if np.isfinite(value) else "no effect"
         claim = self.claim(
             "local vectors converge: one does the work of all", "knowledge", SAME,
             "dummies as they are, and all local vectors", (value, lo, hi, verdict, reason),
@@ -287,7 +289,7 @@ class _Asked:
             verdict = judge(effect, HURTS, side=side)
             out.append(self.claim(text, "categorization", HURTS, control, verdict, side))
         if out[0].verdict != "appears":  # where nothing hurts, late layers show nothing
-            out[1] = replace(out[1], verdict="undecided", reason="nor do all layers")
+            out[1] = replace(out[1], verdict="undecided", reason="nothing to lose")
 
         peak = int(found.distance.sel(factor=concrete).values.argmax())
 
@@ -351,7 +353,10 @@ class _Asked:
         found = judge(replace(ours, data=effect.drop_vars("site")), -HURTS, side="below")
         text = "the global vector stands in for local ones: both give less than their sum"
         control = "the global vector of donors with random answers"
-        return [self._needs_local(self.claim(text, "ours", -HURTS, control, found, "below"))]
+        claim = self._needs_local(self.claim(text, "ours", -HURTS, control, found, "below"))
+        if self.global_works != "appears":
+            claim = replace(claim, verdict="undecided", reason="no global vector")
+        return [claim]
 
     def boundary(self, model: Any, task: Task, settings: dict[str, Any]) -> list[Claim]:
         """Let demonstrations of a familiar relation contradict it."""
