@@ -17,9 +17,10 @@ from tv_interp.analysis.comparison import VectorReport, compare_vectors
 from tv_interp.analysis.verdicts import Claims, judge, verdict_of
 from tv_interp.errors import FileError, TvInterpError, UnknownName
 from tv_interp.models import planted
-from tv_interp.models.load import load_model
+from tv_interp.models.load import load_model, reference_directory
 from tv_interp.prompts.tasks.categorization import hybrid_task
 from tv_interp.scores import Scores
+from tv_interp.show.card import claim_tasks
 from tv_interp.show.claims import VERDICTS, plot_claims
 from tv_interp.show.plots import plot_vectors
 from tv_interp.show.report import write_vector_page
@@ -66,7 +67,9 @@ def test_the_planted_look_up_gets_the_verdicts_that_were_planted():
     assert verdicts["local vectors work in dummy prompts"] == "appears"
     assert verdicts["a global vector works in zero-shot prompts, one trial"] != "appears"
     assert verdicts["Pos Avg fails where all local vectors work"] == "appears"
-    assert verdicts["local vectors converge: one does the work of all"] == "does not"
+    assert (
+        verdicts["local vectors converge in later layers: one does the work of all"] == "does not"
+    )
     order = found["local vectors act at lower layers than the global one (in layers)"]
     assert (order.verdict, order.reason) == ("undecided", "no global vector")
     redundant = "answers are redundant: all but one can be taken away"
@@ -118,6 +121,21 @@ def test_the_picture_of_claims_has_a_cell_for_each_and_a_colour_for_each_verdict
     assert len(wide.x) == 2 and np.isnan(wide.z[1][1]) and wide.customdata[1][1] == "not asked"
     with pytest.raises(TvInterpError, match="expected at least one claim"):
         plot_claims([])
+
+
+@pytest.mark.parametrize("name", ["reference", "reference-natural"])
+def test_a_card_has_the_table_of_its_claims_and_verdicts_follow_from_intervals(name):
+    directory = reference_directory(name)
+    assert directory is not None
+    held = Claims.load(directory / "claims.json")
+    assert held.settings["n_prompts"] >= 200
+    assert held.to_markdown() in (directory / "README.md").read_text("utf-8")
+    tasks = [t if isinstance(t, str) else t.name for t in claim_tasks()]
+    assert set(tasks) == {row.task for row in held.rows}
+    for row in held.rows:
+        assert row.control and row.model == name
+        decided = verdict_of(row.lo, row.hi, row.least, row.side)
+        assert row.verdict == (decided if not row.reason else "undecided"), row
 
 
 def asked() -> _Asked:

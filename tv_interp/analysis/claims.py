@@ -206,16 +206,19 @@ class _Asked:
         return replace(claim, verdict="undecided", reason="no local vectors")
 
     def convergence(self, model: Any, task: Task, settings: dict[str, Any]) -> Claim:
-        """Ask whether one local vector does the work of all."""
+        """Ask whether one local vector does the work of all, late but while they still work."""
         found = measure_convergence(model, task, **settings)
-        layer = self.report.row("dummy: local").layer
+        means = found.scores.mean()
+        rise = (means.sel(site="all") - means.sel(site="none")).values
+        layer = int(np.flatnonzero(rise >= rise.max() / 2)[-1])
         at = found.effect_ratio().sel(layer=layer)
         value, lo, hi = (float(at[name]) for name in ("value", "lo", "hi"))
         verdict = verdict_of(lo, hi, SAME)
         reason = "" if np.isfinite(value) else "no effect"
         claim = self.claim(
-            "local vectors converge: one does the work of all", "knowledge", SAME,
-            "dummies as they are, and all local vectors", (value, lo, hi, verdict, reason),
+            "local vectors converge in later layers: one does the work of all", "knowledge", SAME,
+            "dummies as they are, and all local vectors, at the last layer where these keep half "
+            "of their effect", (value, lo, hi, verdict, reason),
         )  # fmt: skip
         return self._needs_local(claim)
 
