@@ -210,7 +210,8 @@ class _Asked:
         found = measure_convergence(model, task, **settings)
         means = found.scores.mean()
         rise = (means.sel(site="all") - means.sel(site="none")).values
-        layer = int(np.flatnonzero(rise >= rise.max() / 2)[-1])
+        half = min(rise.max(), rise.max() / 2)  # where none rises there still is a best layer
+        layer = int(np.flatnonzero(rise >= half)[-1])
         at = found.effect_ratio().sel(layer=layer)
         value, lo, hi = (float(at[name]) for name in ("value", "lo", "hi"))
         verdict = verdict_of(lo, hi, SAME)
