@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,11 +12,16 @@ import xarray as xr
 from conftest import KINDS
 
 from tv_interp import cli
-from tv_interp.analysis.claims import Claims, check_claims, judge, verdict_of
-from tv_interp.analysis.comparison import compare_vectors
-from tv_interp.errors import TvInterpError, UnknownName
+from tv_interp.analysis.claims import GLOBAL, _Asked, check_claims
+from tv_interp.analysis.comparison import VectorReport, compare_vectors
+from tv_interp.analysis.verdicts import Claims, judge, verdict_of
+from tv_interp.errors import FileError, TvInterpError, UnknownName
 from tv_interp.models import planted
+from tv_interp.models.load import load_model, reference_directory
+from tv_interp.prompts.tasks.categorization import hybrid_task
 from tv_interp.scores import Scores
+from tv_interp.show.card import claim_tasks
+from tv_interp.show.claims import VERDICTS, plot_claims
 from tv_interp.show.plots import plot_vectors
 from tv_interp.show.report import write_vector_page
 
@@ -51,16 +57,21 @@ def test_a_share_of_nothing_is_undecided():
     assert lo < value < hi and verdict == "appears" and value == pytest.approx(0.6, abs=0.1)
     noise = xr.DataArray(rng.normal(0, 1, 40), dims=("prompt",))
     value, *_, verdict, reason = judge(effect, 0.25, over=noise)
-    assert np.isnan(value) and verdict == "undecided" and reason == "nothing to be a share of"
+    assert np.isnan(value) and verdict == "undecided" and reason == "no gap"
 
 
 def test_the_planted_look_up_gets_the_verdicts_that_were_planted():
     """Local vectors work and stay apart; the global one holds an answer, no rule."""
-    verdicts = {row.text: row.verdict for row in claims().rows}
+    found = {row.text: row for row in claims().rows}
+    verdicts = {text: row.verdict for text, row in found.items()}
     assert verdicts["local vectors work in dummy prompts"] == "appears"
     assert verdicts["a global vector works in zero-shot prompts, one trial"] != "appears"
     assert verdicts["Pos Avg fails where all local vectors work"] == "appears"
-    assert verdicts["local vectors converge: one does the work of all"] == "does not"
+    assert (
+        verdicts["local vectors converge in later layers: one does the work of all"] == "does not"
+    )
+    order = found["local vectors act at lower layers than the global one (in layers)"]
+    assert (order.verdict, order.reason) == ("undecided", "no global vector")
     redundant = "answers are redundant: all but one can be taken away"
     if KINDS[0] == "bridge":  # of native models, whose attention cannot be cut
         assert redundant not in verdicts
@@ -78,6 +89,95 @@ def test_the_table_fits_80_columns_and_names_every_control():
     assert len(claims().to_pandas()) == len(claims().rows)
     with pytest.raises(TvInterpError, match="expected at least one task"):
         check_claims(planted.build("nothing").model, [])
+
+
+def test_claims_come_back_from_a_file_and_make_a_table_for_a_card(tmp_path):
+    for name in ("a.json", "b.json"):
+        claims().save(tmp_path / name)
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+    back = Claims.load(tmp_path / "a.json")
+    assert str(back) == str(claims()) and back.to_markdown() == claims().to_markdown()
+    lines = back.to_markdown().splitlines()
+    assert len(lines) == 2 + len({row.text for row in claims().rows})
+    assert {line.count("|") for line in lines} == {4}  # claim, one task, control
+    assert all(row.control.split(";")[0] in back.to_markdown() for row in back.rows)
+    with pytest.raises(FileError, match="expected a file of claims, got .*: No such file"):
+        Claims.load(tmp_path / "none.json")
+    (tmp_path / "a.json").write_text("{}")
+    with pytest.raises(FileError, match="is no claims file of tv_interp"):
+        Claims.load(tmp_path / "a.json")
+
+
+def test_the_picture_of_claims_has_a_cell_for_each_and_a_colour_for_each_verdict():
+    figure = plot_claims([claims()]).data[0]
+    names = list(VERDICTS)
+    drawn = {y.replace("<br>", " "): (z[0], t[0]) for y, z, t in
+             zip(figure.y, figure.z, figure.text, strict=True)}  # fmt: skip
+    for row in claims().rows:
+        number = f"{row.effect:.2f}" if np.isfinite(row.effect) else ""
+        assert drawn[row.text] == (names.index(row.verdict), number)
+    both = [claims(), replace(claims(), rows=(replace(claims().rows[0], model="other"),))]
+    wide = plot_claims(both).data[0]
+    assert len(wide.x) == 2 and np.isnan(wide.z[1][1]) and wide.customdata[1][1] == "not asked"
+    with pytest.raises(TvInterpError, match="expected at least one claim"):
+        plot_claims([])
+
+
+@pytest.mark.parametrize("name", ["reference", "reference-natural"])
+def test_a_card_has_the_table_of_its_claims_and_verdicts_follow_from_intervals(name):
+    directory = reference_directory(name)
+    assert directory is not None
+    held = Claims.load(directory / "claims.json")
+    assert held.settings["n_prompts"] >= 200
+    assert held.to_markdown() in (directory / "README.md").read_text("utf-8")
+    tasks = [t if isinstance(t, str) else t.name for t in claim_tasks()]
+    assert set(tasks) == {row.task for row in held.rows}
+    for row in held.rows:
+        assert row.control and row.model == name
+        decided = verdict_of(row.lo, row.hi, row.least, row.side)
+        assert row.verdict == (decided if not row.reason else "undecided"), row
+
+
+def asked() -> _Asked:
+    """Curves that we draw: the local vector works in layer 0 alone, the global one in layer 2."""
+    n, sites = 40, ["dummy: local", "dummy: random-answer donors", "zero-shot: global, other query",
+                    "zero-shot: global, Trial Avg", "zero-shot: random-answer donors"]  # fmt: skip
+    rng = np.random.default_rng(0)
+    data = np.zeros((n, 4, 5))
+    data[:, 0, 0], data[:, 2, 2] = rng.random((2, n)) < [[0.9], [0.7]]
+    coords = {"layer": np.arange(4), "site": sites}
+    array = xr.DataArray(data, dims=("prompt", "layer", "site"), coords=coords)
+    made = Scores(array, "fraction", None, tuple(map(str, range(n))), {})
+    settings = {"select": "accuracy", "model": "m", "task": "t", "family": "knowledge"}
+    drawn = {"dev/accuracy": made, "test/accuracy": made}
+    return _Asked(VectorReport(drawn, {}, (), settings, ()))
+
+
+def test_the_order_of_layers_is_that_of_the_curves_and_needs_both_vectors():
+    single, averaged = "zero-shot: global, other query", "zero-shot: global, Trial Avg"
+    curves = asked()
+    curves.local_works = "appears"
+    works = curves.claim(GLOBAL, "knowledge", 0.25, "noise", (1, 1, 1, "appears", ""))
+    found = curves._order(single, averaged, [works])
+    assert found.effect == found.lo == found.hi == 2 and found.verdict == "appears"
+    fails = replace(works, verdict="does not")
+    assert curves._order(single, averaged, [fails]).reason == "no global vector"
+    curves.local_works = "does not"
+    assert curves._order(single, averaged, [works]).reason == "no local vectors"
+
+
+@pytest.mark.slow
+def test_what_the_paper_does_not_ask_is_asked_too():
+    model = load_model("reference")
+    rows = check_claims(model, ["country-currency", hybrid_task()], n_demos=4, n_prompts=12).rows
+    ours = {(row.text.split()[1], row.task) for row in rows if row.source == "ours"}
+    tasks = ("country-currency", "hybrid-country-continent")
+    assert ours == {
+        ("familiar", tasks[0]), ("demonstrations", tasks[0]), *(("global", t) for t in tasks)
+    }  # fmt: skip
+    separate = [row for row in rows if "stays separated" in row.text]
+    assert [row.task for row in separate] == [tasks[0]] and separate[0].verdict == "appears"
+    assert separate[0].control == "relations shuffled"
 
 
 def test_the_figure_has_what_was_measured():

@@ -137,6 +137,17 @@ def test_bad_ablations_are_refused():
         ablate_demos(model, prompts.select([0]))
     with pytest.raises(TvInterpError, match="expected draws of 1 or more, got 0"):
         ablate_demos(model, prompts, draws=0)
+    with pytest.raises(TvInterpError, match=r"expected counts of 0 to 3 .*, got \[1, 4\]"):
+        ablate_demos(model, prompts, counts=[1, 4])
+
+
+def test_some_counts_are_those_of_all_counts_and_each_set_runs_once():
+    model, prompts = plain("llama", KINDS[0])
+    every = ablate_demos(model, prompts, metric="logit_diff", draws=3)
+    some = ablate_demos(model, prompts, metric="logit_diff", draws=3, counts=[0, 2, 3])
+    np.testing.assert_allclose(some.data, every.data.sel(demo=[0, 2, 3]), atol=1e-6)
+    one = ablate_demos(model, prompts, metric="logit_diff", draws=1, counts=[3])
+    np.testing.assert_allclose(one.data, every.data.sel(demo=[3]), atol=1e-6)
 
 
 # --------------------------------------------------------------------------------- convergence
@@ -205,7 +216,9 @@ def test_contradicting_demonstrations_are_so_many_and_nested():
     with pytest.raises(PromptError, match="expected k of 0 to 6 demonstrations, got 7"):
         contradict(prompts, 7)
     scores = convergence_boundary(model, prompts, layer=0)
-    assert scores.data.sizes == {"prompt": 5, "demo": 7, "site": 3}
+    assert scores.data.sizes == {"prompt": 5, "demo": 7, "site": 4}
+    some = convergence_boundary(model, prompts, layer=0, counts=[0, 3])
+    np.testing.assert_array_equal(some.data, scores.data.sel(demo=[0, 3]))
     local = extract_vectors(model, contradict(prompts.dummies(seed=1).clean, 2, seed=1))
     again = inject_vectors(model, prompts.dummies(seed=1).corrupted, local, layers=0)
     np.testing.assert_array_equal(

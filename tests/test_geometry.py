@@ -11,14 +11,13 @@ from scipy.linalg import subspace_angles
 from scipy.spatial.distance import mahalanobis as of_scipy
 
 import tv_interp as tv
+from tv_interp.analysis.features import CONCRETE, N_BLOCKS, _States, measure_geometry
 from tv_interp.analysis.geometry import (
-    CONCRETE,
     Subspace,
     ablate_subspaces,
     demix,
     ledoit_wolf,
     mahalanobis,
-    measure_geometry,
     random_subspace,
 )
 from tv_interp.analysis.vectors import extract_vectors, inject_vectors
@@ -215,21 +214,72 @@ def test_bad_ablations_are_refused():
         ablate_subspaces(model, prompts, {"other": space(np.zeros((3, 64)), 2)})
     with pytest.raises(TvInterpError, match="expected layers='each' or 'from', got 'all'"):
         ablate_subspaces(model, prompts, {}, layers="all")
-    with pytest.raises(TvInterpError, match="expected a task of simple-string, digit, 2d-data"):
-        measure_geometry(model, "country-capital")
+    with pytest.raises(TvInterpError, match="expected a task of simple-string, .*, got 'lookup'"):
+        measure_geometry(model, "lookup")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("task", list(CONCRETE))
-def test_the_question_is_asked_on_three_tasks(task):
-    model = tv.load_model("reference")
-    found = measure_geometry(model, task, n_prompts=24)
+# ---------------------------------------------------------------------------------- features
+
+
+@functools.cache
+def measured(task: str):
+    return measure_geometry(tv.load_model("reference"), task, n_prompts=24)
+
+
+EACH_TASK = [
+    pytest.param(name, marks=() if name == "country-capital" else pytest.mark.slow)
+    for name in CONCRETE
+]
+
+
+@pytest.mark.parametrize("task", EACH_TASK)
+def test_the_question_is_asked_on_three_tasks_of_each_family(task):
+    found = measured(task)
     concrete = CONCRETE[task][0]
+    abstract = "label" if tv.get_task(task).family == "categorization" else "relation"
     np.testing.assert_allclose(found.shares.sum("factor"), 1)
-    assert list(found.shares["factor"].values) == ["label", concrete, f"label:{concrete}"]
-    assert (found.distance > 0).all()
+    names = [abstract, concrete]
+    assert list(found.shares["factor"].values) == [*names, ":".join(names)]
+    assert (found.distance > 0).all() and found.blocks.sizes["part"] == N_BLOCKS
+    controls = [f"{name}, shuffled" for name in names]
+    extra = ["label, random answers"] if abstract == "label" else []
+    assert list(found.distance["factor"].values) == [*names, *controls, *extra]
+    for name in names:  # the factors are there, and shuffled ones are not
+        chance = found.distance.sel(factor=f"{name}, shuffled")
+        assert (found.distance.sel(factor=name) > 2 * chance).all()
     sites = list(found.ablated.data["site"].values)
-    assert sites[:3] == ["none", "label", concrete] and len(sites) == 7
+    assert sites[:4] == ["none", *names, "both"] and len(sites) == 8
     assert max(map(len, str(found).splitlines())) <= 80
     plain = found.ablated.data.sel(site="none")
-    assert (plain == plain.isel(layer=0)).all()
+    assert (plain == plain.isel(layer=0)).all() and float(plain.mean()) > 0.6
+
+
+def test_a_relation_is_told_by_the_pair_where_its_answers_do_not_tell_it():
+    """A neighbour's capital is a capital too, and inputs are the same: only the pair tells."""
+    found = measured("country-capital")
+    assert found.settings["abstract"] == "relation" and found.ablated.attrs["metric"] == "choice"
+    ours, theirs = tv.get_task("country-capital"), tv.get_task("country-neighbour-capital")
+    assert set(theirs.answers) <= set(ours.answers) and ours.partner == theirs.name
+    value, lo, hi = found.interval(lambda table: float(table.sel(factor="relation")[-1]))
+    assert 2 < lo < value == float(found.distance.sel(factor="relation")[-1]) < hi
+
+
+def test_states_of_twins_are_joined_prompt_by_prompt_and_levels_are_those_of_inputs():
+    model = tv.load_model("reference")
+    prompts = make_prompts(model, "number-next", n_demos=3, n_prompts=4)
+    contrast = prompts.corrupt("task")
+    level = CONCRETE["number-next"][1]
+    ours, theirs = (
+        _States.at_answers(model, p, level, name)
+        for p, name in ((contrast.clean, "next"), (contrast.corrupted, "previous"))
+    )
+    held = ours.and_(theirs)
+    assert held.abstract == ["next"] * 12 + ["previous"] * 12
+    assert held.row.tolist() == np.tile(np.repeat(range(4), 3), 2).tolist()
+    expected = [int(x) // 20 for demos in contrast.clean.demos for x, _ in demos]
+    assert held.concrete == expected * 2
+    vectors = extract_vectors(model, contrast.corrupted).data.values
+    np.testing.assert_array_equal(held.states[12 + 3 * 2 + 1], vectors[2, :, 1])
+    digit = make_prompts(model, "digit", n_demos=3, n_prompts=4)
+    labels = _States.at_answers(model, digit, CONCRETE["digit"][1], None).abstract
+    assert labels == [y for demos in digit.demos for _, y in demos]

@@ -9,7 +9,13 @@ import pytest
 
 from tv_interp.errors import ScoreError
 from tv_interp.scores import statistics
-from tv_interp.scores.statistics import adjust, bootstrap, cluster_ids, sign_flip_pvalues
+from tv_interp.scores.statistics import (
+    adjust,
+    bootstrap,
+    cluster_ids,
+    jackknife,
+    sign_flip_pvalues,
+)
 
 SHAPES = ("normal", "skewed")
 
@@ -262,3 +268,21 @@ def test_nothing_is_found_where_nothing_is():
         pvalues = sign_flip_pvalues(values, np.arange(32), seed=seed, n_flips=2000)
         any_found.append((adjust(pvalues) <= 0.1).any())
     assert np.mean(any_found) <= 0.1 + 2 * np.sqrt(0.1 * 0.9 / 200)
+
+
+def test_the_jackknife_covers_a_statistic_that_is_no_mean():
+    """95 % intervals of a ratio of standard deviations, 60 prompts in 20 blocks, 400 times."""
+    rng = np.random.default_rng(0)
+    hits = []
+    for _ in range(400):
+        a, b = rng.standard_normal((2, 60)) * [[2.0], [1.0]]
+        block = np.arange(60) % 20
+
+        def ratio(kept, a=a, b=b):
+            return float(a[kept].std() / b[kept].std())
+
+        value, lo, hi = jackknife(ratio(block >= 0), [ratio(block != i) for i in range(20)])
+        assert lo < value < hi
+        hits.append(lo <= 2 <= hi)
+    assert 0.92 < np.mean(hits) < 0.98
+    assert jackknife(1.0, [1.0, 1.0]) == (1.0, 1.0, 1.0)

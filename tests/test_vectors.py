@@ -18,7 +18,8 @@ from tv_interp.models import planted
 from tv_interp.models.adapter import Adapter
 from tv_interp.prompts import make_prompts
 from tv_interp.prompts.tasks import Task
-from tv_interp.scores import Metric
+from tv_interp.scores import Metric, get_metric
+from tv_interp.scores.metrics import Targets
 
 # Inputs and answers of one or two tokens, so the rows of one batch have different lengths.
 RUGGED = Task.from_pairs(
@@ -109,6 +110,19 @@ def test_head_vectors_add_up_to_the_attentions_output(arch, kind):
     )
     np.testing.assert_allclose(one + two, both, atol=1e-5)
     assert (both[:, [0, 2]] == 0).all() and np.abs(one[:, 1]).max() > 0.01
+    some, rest, every = (
+        extract_vectors(model, clean, heads=[(1, h) for h in heads]).data.values
+        for heads in ([0, 2], [1, 3], range(4))
+    )
+    np.testing.assert_allclose(some + rest, every, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_whole_layer_behind_a_norm_is_refused_too(kind):
+    """There are no other heads to check it on, so its halves are held against it."""
+    model = tiny_model("gemma2", kind)
+    with pytest.raises(ModelError, match=r"does not add up \(a norm stands behind"):
+        extract_vectors(model, rugged(model), heads=[(1, head) for head in range(4)])
 
 
 def test_a_head_vector_is_the_heads_output_through_its_output_matrix():
@@ -138,9 +152,11 @@ def test_a_function_vector_is_the_same_at_every_layer():
 # ------------------------------------------------------------------------------------ averages
 
 
-def test_averages_of_equal_vectors_are_that_vector():
-    model = tiny_model("llama", KINDS[0])
+@each_model
+def test_averages_of_equal_vectors_are_that_vector(arch, kind):
+    model = tiny_model(arch, kind)
     vectors = extract_vectors(model, rugged(model))
+    assert np.ptp(vectors.data.values, axis=2).min() > 0  # they are not equal by themselves
     one = vectors.data.isel(demo=[0])
     same = replace(vectors, data=vectors.data.copy(data=np.broadcast_to(one, vectors.data.shape)))
     np.testing.assert_allclose(same.pos_avg().data, one.isel(demo=0), atol=1e-6)
@@ -176,6 +192,83 @@ def test_averaged_vectors_fit_other_numbers_of_demonstrations_and_prompts():
     assert into_is.attrs["taken_at"] == "answer" and into_is.attrs["at"] == "query_is"
     last = into_is.data.sel(layer=2).values
     assert np.ptp(last) < 1e-5 < np.ptp(scores.data.sel(layer=0).values)  # all get one vector
+
+
+# ------------------------------------------------------------------------- several metrics, cost
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_metrics_are_read_off_one_sweep(kind):
+    model = tiny_model("llama", kind)
+    clean = rugged(model)
+    dummy = clean.corrupt("random_answers", seed=3).corrupted
+    vectors = extract_vectors(model, clean).select(range(len(dummy)))
+    for names in (("accuracy", "choice", "label_rate", "rank"), ("choice", "logit_diff")):
+        for how, at in (("each", None), ("joint", None), ("each", "query_is")):
+            given = vectors if at is None else vectors.pos_avg()
+            settings: dict = dict(how=how, at=at)
+            found = inject_vectors(model, dummy, given, metric=names, **settings)
+            assert tuple(found) == names
+            for name, scores in found.items():
+                alone = inject_vectors(model, dummy, given, metric=name, **settings)
+                np.testing.assert_array_equal(scores.data, alone.data)
+                assert scores.attrs == alone.attrs and scores.unit == alone.unit
+    with pytest.raises(TvInterpError, match="expected at least one metric"):
+        inject_vectors(model, dummy, vectors, metric=())
+
+
+def test_the_lines_to_compare_with_are_those_of_plain_runs():
+    model = tv.load_model("reference")
+    contrast = make_prompts(model, "country-currency", n_demos=4, n_prompts=12).dummies(seed=1)
+    vectors = extract_vectors(model, contrast.clean)
+    for name, scores in inject_vectors(
+        model, contrast.corrupted, vectors, metric=("prob", "label_rate")
+    ).items():
+        readout = get_metric(name).readout
+        for line, prompts in (
+            ("recipient", contrast.corrupted),
+            ("zero_shot", contrast.corrupted.zero_shot()),
+            ("few_shot", contrast.clean),
+        ):
+            logits = last_logits(Adapter.of(model), prompts)
+            expected = float(readout(Targets.of(prompts))(logits, torch.arange(12)).mean())
+            assert scores.attrs[line] == pytest.approx(expected, abs=1e-6), (name, line)
+
+
+class Counted:
+    """How many tokens a model's MLPs compute while something runs."""
+
+    def __init__(self, model) -> None:
+        self.model, self.tokens = model, 0
+
+    def __enter__(self) -> Counted:
+        def count(mlp, args, out):
+            self.tokens += out.shape[0] * out.shape[1]
+
+        self.handles = [block.mlp.register_forward_hook(count) for block in self.model.blocks]
+        return self
+
+    def __exit__(self, *_) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def test_both_sweeps_of_a_recipient_cost_a_third_of_a_loop_of_forwards():
+    """Recording, all layers and three metrics included; time is in benchmarks/bench_vectors.py."""
+    model = tv.load_model("reference")
+    contrast = make_prompts(model, "country-currency", n_demos=8, n_prompts=16).dummies(seed=1)
+    dummy, n_layers = contrast.corrupted, 5
+    local, whole = (extract_vectors(model, contrast.clean, at=at) for at in ("answer", "query_is"))
+    metrics = ("accuracy", "choice", "label_rate")
+    with Counted(model) as ours:
+        run = record_run(Adapter.of(model), dummy)
+        for vectors in (local, whole):
+            inject_vectors(model, dummy, vectors, run=run, metric=metrics)
+    loop = 2 * n_layers * n_layers * int(dummy.lengths.sum())  # runs, and blocks of each
+    assert ours.tokens < loop / 3
+    with Counted(model) as again:
+        inject_vectors(model, dummy, whole, run=run, metric=metrics)
+    assert again.tokens == len(dummy) * n_layers * (n_layers - 1) / 2  # one token a layer
 
 
 # ---------------------------------------------------------------------------------- known truth

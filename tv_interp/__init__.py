@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .analysis.circuits import Circuit, discover_circuit
-    from .analysis.claims import Claims, check_claims
+    from .analysis.claims import check_claims
     from .analysis.comparison import VectorReport, compare_vectors
     from .analysis.convergence import (
         Convergence,
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
         measure_curve,
         measure_stability,
     )
+    from .analysis.features import Geometry, measure_geometry
     from .analysis.find import HeadReport, find_heads
-    from .analysis.geometry import Geometry, measure_geometry
     from .analysis.graph import RoleGraph
     from .analysis.heads import (
         knock_out,
@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from .analysis.ranking import HeadRanking, rank_heads
     from .analysis.saliency import label_flow, saliency_flow
     from .analysis.vectors import Vectors, extract_vectors, function_vector, inject_vectors
+    from .analysis.verdicts import Claims
     from .errors import TvInterpError
     from .interventions import Cut, Edge, Patch, Recorded, Site, record, run_variants
     from .models.generator import PlantedCircuit, draw_circuit, planted_circuit
@@ -68,7 +69,7 @@ if TYPE_CHECKING:
     from .sweep.run import Swept, load_sweep, run_sweep
 
 _HOME = {
-    "Claims": ".analysis.claims",
+    "Claims": ".analysis.verdicts",
     "check_claims": ".analysis.claims",
     "VectorReport": ".analysis.comparison",
     "compare_vectors": ".analysis.comparison",
@@ -76,8 +77,8 @@ _HOME = {
     "ablate_demos": ".analysis.convergence",
     "head_vectors": ".analysis.convergence",
     "measure_convergence": ".analysis.convergence",
-    "Geometry": ".analysis.geometry",
-    "measure_geometry": ".analysis.geometry",
+    "Geometry": ".analysis.features",
+    "measure_geometry": ".analysis.features",
     "HeadReport": ".analysis.find",
     "find_heads": ".analysis.find",
     "knock_out": ".analysis.heads",

@@ -87,7 +87,7 @@ def vectors(
     model: str = "reference",
     task: str = "country-capital",
     n_demos: int = 8,
-    n_prompts: int = 64,
+    n_prompts: int = 200,
     seed: int = 0,
     template: str | None = None,
     backend: Literal["auto", "hooked", "bridge"] = "auto",

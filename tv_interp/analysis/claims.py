@@ -1,110 +1,41 @@
 """The claims of arXiv 2406.16007, asked of a model: effect, interval, control, verdict.
 
-A verdict is *appears* or *does not* where the 95 % interval lies on one side of the least effect
-that counts, and *undecided* where it does not, or where the question makes no sense (a vector that
-does not work cannot converge). No verdict without its control: effects of vectors are differences
-to the strongest of their controls, chosen on other prompts.
+Effects of vectors are differences to the strongest of their controls, chosen on other prompts. What
+the paper does not ask but a reader of it will (contradicting demonstrations, the 2 x 2 of local and
+global vectors) is asked too, and marked as ours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import xarray as xr
 
-from ..errors import ModelError, TvInterpError
+from ..errors import ModelError, PromptError, TvInterpError
 from ..prompts import Task, get_task, make_prompts
 from ..scores import Scores
-from .comparison import VectorReport, compare_vectors, wrapped
-from .convergence import ablate_demos, measure_convergence
-from .geometry import CONCRETE, measure_geometry
-
-Verdict = Literal["appears", "does not", "undecided"]
-Side = Literal["above", "below"]
-LEAST = 0.25
-"""Least share of the gap between recipients and few-shot prompts that counts as working."""
-SAME = 0.75
-"""One local vector converged with the others where it does at least this share of their work."""
-REDUNDANT = 0.5
-"""Answers are redundant where taking away all but one costs less than this share of the loss."""
-HURTS = 0.1
-"""Least fall of the metric that counts as being used."""
-
-
-@dataclass(frozen=True)
-class Claim:
-    """One claim, asked of one model on one task.
-
-    Attributes:
-        text: The claim.
-        source: Where the paper says it holds: ``"all"``, ``"knowledge"`` or ``"categorization"``.
-        model: Name of the model.
-        task: Name of the task.
-        family: Its family.
-        effect: The effect that decides; NaN where it could not be measured.
-        lo: Lower end of its 95 % interval.
-        hi: Upper end.
-        least: What the interval is held against.
-        side: On which side of it the claim says that the effect is.
-        control: What the effect was held against, or what was measured beside it.
-        verdict: Whether the claim appears.
-        reason: Why it is undecided; empty otherwise.
-    """
-
-    text: str
-    source: str
-    model: str
-    task: str
-    family: str
-    effect: float
-    lo: float
-    hi: float
-    least: float
-    side: Side
-    control: str
-    verdict: Verdict
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class Claims:
-    """What `check_claims` found.
-
-    Attributes:
-        rows: One for each claim and task.
-    """
-
-    rows: tuple[Claim, ...]
-
-    def to_pandas(self) -> Any:
-        """Write one row a claim and task."""
-        import pandas as pd
-
-        return pd.DataFrame([vars(row) for row in self.rows])
-
-    def __str__(self) -> str:
-        """A table at 80 columns, grouped by claim."""
-        models = ", ".join(dict.fromkeys(row.model for row in self.rows))
-        lines = [
-            f"Claims of arXiv 2406.16007 on {models}: effect [95 % interval], verdict.",
-            "In the paper: k knowledge, c categorization, * both.",
-        ]
-        for text in dict.fromkeys(row.text for row in self.rows):
-            members = [row for row in self.rows if row.text == text]
-            mark = {"all": "*", "knowledge": "k", "categorization": "c"}[members[0].source]
-            sign = ">" if members[0].side == "above" else "<"
-            lines += ["", f"{mark} {text} (effect {sign} {members[0].least:g})"]
-            for r in members:
-                number = "not measured"
-                if np.isfinite(r.effect):
-                    number = f"{r.effect:+.2f} [{r.lo:+.2f},{r.hi:+.2f}]"
-                lines.append(f"    {r.task:<26}{number:<22}{r.verdict:<11}{r.reason}".rstrip())
-            controls = "; ".join(dict.fromkeys(row.control for row in members))
-            lines.append(f"    control: {controls}")
-        return "\n".join(wrapped(lines))
+from ..scores.statistics import cluster_ids, jackknife
+from .comparison import RANDOM, VectorReport, compare_vectors, random_answer_donors
+from .convergence import ablate_demos, convergence_boundary, cross_vectors, measure_convergence
+from .features import CONCRETE, N_BLOCKS, Geometry, measure_geometry
+from .verdicts import (
+    HURTS,
+    LEAST,
+    REDUNDANT,
+    SAME,
+    SEPARATE,
+    Claim,
+    Claims,
+    Found,
+    Side,
+    Source,
+    Verdict,
+    judge,
+    verdict_of,
+)
 
 
 def check_claims(
@@ -112,7 +43,7 @@ def check_claims(
     tasks: Sequence[str | Task],
     *,
     n_demos: int = 8,
-    n_prompts: int = 64,
+    n_prompts: int = 200,
     seed: int = 0,
     progress: bool = False,
 ) -> Claims:
@@ -147,45 +78,15 @@ def check_claims(
         rows.append(asked.convergence(model, task, settings))
         rows += asked.ablations(model, task, settings)
         if task.name in CONCRETE:
-            rows += asked.geometry(model, task.name, settings)
+            rows += asked.geometry(measure_geometry(model, task.name, **settings))
+        rows += asked.two_by_two(model, task, settings)
+        if task.family == "knowledge":
+            rows += asked.boundary(model, task, settings)
     texts = list(dict.fromkeys(row.text for row in rows))
-    return Claims(tuple(sorted(rows, key=lambda row: texts.index(row.text))))
+    return Claims(tuple(sorted(rows, key=lambda row: texts.index(row.text))), settings)
 
 
-def judge(
-    effect: Scores,
-    least: float,
-    *,
-    over: xr.DataArray | None = None,
-    side: Side = "above",
-) -> tuple[float, float, float, Verdict, str]:
-    """Hold the interval of a mean effect, or of a share, against the least that counts.
-
-    Args:
-        effect: Effects over ``prompt`` alone.
-        least: What counts.
-        over: What the effect is a share of, ``[prompt]``; None for the mean itself.
-        side: Whether the claim is that the effect is ``"above"`` or ``"below"`` that.
-
-    Returns:
-        Value, lower and upper end, verdict, and why it is undecided.
-    """
-    scores = replace(effect, total=over)
-    if over is not None and not scores.total_is_clear():
-        return np.nan, np.nan, np.nan, "undecided", "nothing to be a share of"
-    table = scores.ci("mean" if over is None else "recovered")
-    value, lo, hi = (float(table[name]) for name in ("value", "lo", "hi"))
-    return value, lo, hi, verdict_of(lo, hi, least, side), ""
-
-
-def verdict_of(lo: float, hi: float, least: float, side: Side = "above") -> Verdict:
-    """Decide by an interval: wholly on the claim's side is *appears*, on the other *does not*."""
-    if not lo <= hi:
-        return "undecided"
-    above, under = lo > least, hi < least
-    if not (above or under):
-        return "undecided"
-    return "appears" if above == (side == "above") else "does not"
+GLOBAL = "a global vector works in zero-shot prompts"
 
 
 class _Asked:
@@ -196,14 +97,15 @@ class _Asked:
         self.select = report.settings["select"]
         self.test = report.scores[f"test/{self.select}"]
         self.local_works: Verdict = "undecided"
+        self.global_works: Verdict = "undecided"  # of one trial, as in the 2 x 2
 
     def claim(
         self,
         text: str,
-        source: str,
+        source: Source,
         least: float,
         control: str,
-        found: tuple,
+        found: Found,
         side: Side = "above",
     ) -> Claim:
         s = self.report.settings
@@ -221,9 +123,9 @@ class _Asked:
         have = {f"{row.recipient}: {row.name}" for row in self.report.rows}
         single, averaged = "zero-shot: global, other query", "zero-shot: global, Trial Avg"
         if {single, averaged} <= have:
-            text = "a global vector works in zero-shot prompts"
-            out.append(self._works(f"{text}, one trial", "knowledge", single, "zero-shot"))
-            out.append(self._works(f"{text}, Trial Avg", "knowledge", averaged, "zero-shot"))
+            out.append(self._works(f"{GLOBAL}, one trial", "knowledge", single, "zero-shot"))
+            self.global_works = out[-1].verdict
+            out.append(self._works(f"{GLOBAL}, Trial Avg", "knowledge", averaged, "zero-shot"))
             out.append(
                 self._against("Trial Avg helps the global vector", "knowledge", averaged, single)
             )
@@ -232,7 +134,41 @@ class _Asked:
             "dummy: local, Pos Avg",
         )  # fmt: skip
         out.append(self._needs_local(found))
+        if {single, averaged} <= have:
+            out.append(self._order(single, averaged, out))
         return out
+
+    def _order(self, single: str, averaged: str, asked: Sequence[Claim]) -> Claim:
+        """Compare the mean layers of both vectors, each weighted by its effect there."""
+        dev = self.report.scores[f"dev/{self.select}"].mean().max("layer")
+        best = max((single, averaged), key=lambda site: float(dev.sel(site=site)))
+        data = self.test.data.astype(float)
+        local, whole = (
+            data.sel(site=site, drop=True) - data.sel(site=f"{into}: {RANDOM}", drop=True)
+            for site, into in (("dummy: local", "dummy"), (best, "zero-shot"))
+        )
+        layers = data["layer"].values
+
+        def apart(rows: np.ndarray) -> float:
+            means = (curve.values[rows].mean(0).clip(min=0) for curve in (whole, local))
+            late, early = ((layers @ m) / m.sum() if m.sum() else np.nan for m in means)
+            return float(late - early)
+
+        clusters = cluster_ids(self.test.clusters)
+        n_blocks = min(N_BLOCKS, int(clusters.max()) + 1)
+        every = np.ones(len(clusters), dtype=bool)
+        blocks = [apart(clusters % n_blocks != block) for block in range(n_blocks)]
+        value, lo, hi = jackknife(apart(every), blocks)
+        if not np.isfinite(lo):  # no effect at any layer without some prompts
+            value = np.nan
+        found: Found = (value, lo, hi, verdict_of(lo, hi, 0), "")
+        claim = self.claim(
+            "local vectors act at lower layers than the global one (in layers)", "knowledge", 0,
+            f"{RANDOM} at each layer", found,
+        )  # fmt: skip
+        if not any(c.verdict == "appears" for c in asked if c.text.startswith(GLOBAL)):
+            return replace(claim, verdict="undecided", reason="no global vector")
+        return self._needs_local(claim)
 
     def _at(self, site: str, layer: int) -> xr.DataArray:
         return self.test.data.sel(site=site, layer=layer, drop=True)
@@ -241,7 +177,7 @@ class _Asked:
         runs = self.report.runs[f"test/{self.select}"].data
         return runs.sel(site="few-shot", drop=True) - runs.sel(site=recipient, drop=True)
 
-    def _works(self, text: str, source: str, site: str, recipient: str) -> Claim:
+    def _works(self, text: str, source: Source, site: str, recipient: str) -> Claim:
         """Hold a vector against the strongest control at its own layer, as a share of the gap."""
         layer = self.report.row(site).layer
         dev = self.report.scores[f"dev/{self.select}"].mean().sel(layer=layer)
@@ -257,7 +193,7 @@ class _Asked:
         found = judge(effect, LEAST, over=self._gap(recipient))
         return self.claim(text, source, LEAST, f"{name} ({recipient})", found)
 
-    def _against(self, text: str, source: str, site: str, other: str) -> Claim:
+    def _against(self, text: str, source: Source, site: str, other: str) -> Claim:
         """Hold one curve against another, each at its own best layer, as a share of the gap."""
         ours, theirs = (self._at(s, self.report.row(s).layer) for s in (site, other))
         effect = replace(self.test, data=ours - theirs)
@@ -270,16 +206,20 @@ class _Asked:
         return replace(claim, verdict="undecided", reason="no local vectors")
 
     def convergence(self, model: Any, task: Task, settings: dict[str, Any]) -> Claim:
-        """Ask whether one local vector does the work of all."""
+        """Ask whether one local vector does the work of all, late but while they still work."""
         found = measure_convergence(model, task, **settings)
-        layer = self.report.row("dummy: local").layer
+        means = found.scores.mean()
+        rise = (means.sel(site="all") - means.sel(site="none")).values
+        half = min(rise.max(), rise.max() / 2)  # where none rises there still is a best layer
+        layer = int(np.flatnonzero(rise >= half)[-1])
         at = found.effect_ratio().sel(layer=layer)
         value, lo, hi = (float(at[name]) for name in ("value", "lo", "hi"))
         verdict = verdict_of(lo, hi, SAME)
-        reason = "" if np.isfinite(value) else "no effect to share"
+        reason = "" if np.isfinite(value) else "no effect"
         claim = self.claim(
-            "local vectors converge: one does the work of all", "knowledge", SAME,
-            "dummies as they are, and all local vectors", (value, lo, hi, verdict, reason),
+            "local vectors converge in later layers: one does the work of all", "knowledge", SAME,
+            "dummies as they are, and all local vectors, at the last layer where these keep half "
+            "of their effect", (value, lo, hi, verdict, reason),
         )  # fmt: skip
         return self._needs_local(claim)
 
@@ -291,7 +231,7 @@ class _Asked:
         def lost(metric: str, at: str, k: int) -> Scores:
             """Measure what taking k positions away costs, ``[prompt]``."""
             data = scores[metric, at].data.isel(part=0, drop=True)
-            cost = data.isel(demo=0, drop=True) - data.isel(demo=k, drop=True)
+            cost = data.sel(demo=0, drop=True) - data.sel(demo=k, drop=True)
             return replace(scores[metric, at], data=cost)
 
         def apart(metric: str) -> Scores:
@@ -301,17 +241,21 @@ class _Asked:
 
         try:
             scores = {
-                (metric, at): ablate_demos(model, prompts, at=at, how=["knockout"], metric=metric)
-                for metric in (self.select, "label_rate")
+                (metric, at): ablate_demos(
+                    model, prompts, at=at, how=["knockout"], metric=metric, counts=counts
+                )
+                for metric, counts in (
+                    (self.select, sorted({0, n // 2, n - 1, n})), ("label_rate", [0, n])
+                )
                 for at in ("answer", "is")
-            }
+            }  # fmt: skip
         except ModelError:  # this model takes no edits of attention scores
             return []
         whole = lost(self.select, "answer", n).data
         specific = float(apart(self.select).ci("mean")["lo"]) > 0
         control = "as many connectives taken away"
         out = []
-        asked: tuple[tuple[str, str, int, float, Side], ...] = (
+        asked: tuple[tuple[str, Source, int, float, Side], ...] = (
             (
                 "answers are redundant: all but one can be taken away",
                 *("knowledge", n - 1, REDUNDANT, "below"),
@@ -330,10 +274,9 @@ class _Asked:
         out.append(self.claim(text, "all", LEAST, control, judge(apart("label_rate"), LEAST)))
         return out
 
-    def geometry(self, model: Any, task: str, settings: dict[str, Any]) -> list[Claim]:
-        """Take the concrete factor out of the answers, early and late."""
-        found = measure_geometry(model, task, **settings)
-        concrete = found.settings["concrete"]
+    def geometry(self, found: Geometry) -> list[Claim]:
+        """Ask what the answers' states keep, and take the concrete feature out early and late."""
+        abstract, concrete = found.settings["abstract"], found.settings["concrete"]
         data = found.ablated.data
         last = data.sizes["layer"] - 1
         late = max(1, round(last * 2 / 3))
@@ -350,5 +293,92 @@ class _Asked:
             verdict = judge(effect, HURTS, side=side)
             out.append(self.claim(text, "categorization", HURTS, control, verdict, side))
         if out[0].verdict != "appears":  # where nothing hurts, late layers show nothing
-            out[1] = replace(out[1], verdict="undecided", reason="nor do all layers")
+            out[1] = replace(out[1], verdict="undecided", reason="nothing to lose")
+
+        peak = int(found.distance.sel(factor=concrete).values.argmax())
+
+        def apart(table: xr.DataArray, factor: str = abstract, layer: int = last) -> float:
+            at = table.sel(layer=layer)
+            return float(at.sel(factor=factor) - at.sel(factor=f"{factor}, shuffled"))
+
+        def kept(table: xr.DataArray) -> float:
+            return apart(table, concrete) / apart(table, concrete, peak)
+
+        text = "the concrete feature fades: separation in the last layer over its peak"
+        out.append(self._by_blocks(text, SAME, f"{concrete}s shuffled", found, kept, "below"))
+        text = "the label or relation stays separated up to the last layer"
+        out.append(self._by_blocks(text, SEPARATE, f"{abstract}s shuffled", found, apart))
+        if abstract == "label":
+
+            def more(table: xr.DataArray) -> float:
+                at = table.sel(layer=last)
+                return float(at.sel(factor="label") - at.sel(factor="label, random answers"))
+
+            text = "labels stay separated by more than their words"
+            control = "labels of prompts with random answers"
+            out.append(self._by_blocks(text, HURTS, control, found, more, source="ours"))
         return out
+
+    def _by_blocks(
+        self,
+        text: str,
+        least: float,
+        control: str,
+        found: Geometry,
+        statistic: Callable[[xr.DataArray], float],
+        side: Side = "above",
+        source: Source = "categorization",
+    ) -> Claim:
+        value, lo, hi = found.interval(statistic)
+        verdict = verdict_of(lo, hi, least, side)
+        return self.claim(text, source, least, control, (value, lo, hi, verdict, ""), side)
+
+    def two_by_two(self, model: Any, task: Task, settings: dict[str, Any]) -> list[Claim]:
+        """Ask whether local vectors still add something where the global one stands already."""
+        try:
+            prompts = make_prompts(model, task, **settings)
+            rows, random = random_answer_donors(prompts, settings["seed"])
+            contrast = prompts.select(rows).dummies(seed=settings["seed"] + 1)
+            if len(contrast) < len(rows):
+                raise PromptError("not every prompt has a dummy")
+            donors = contrast.clean.other_query(), random.other_query()
+        except PromptError:  # no other query, or no dummies of equal length
+            return []
+        ours, theirs = (
+            cross_vectors(
+                model, contrast, metric=self.select, donors=each,
+                local_layer=self.report.row("dummy: local").layer,
+                global_layer=self.report.row("dummy: global, other query").layer,
+            )
+            for each in donors
+        )  # fmt: skip
+        # interaction minus that of the control: what neither changes cancels
+        effect = ours.data.sel(site="interaction") - theirs.data.sel(site="interaction")
+        found = judge(replace(ours, data=effect.drop_vars("site")), -HURTS, side="below")
+        text = "the global vector stands in for local ones: both give less than their sum"
+        control = "the global vector of donors with random answers"
+        claim = self._needs_local(self.claim(text, "ours", -HURTS, control, found, "below"))
+        if self.global_works != "appears":
+            claim = replace(claim, verdict="undecided", reason="no global vector")
+        return [claim]
+
+    def boundary(self, model: Any, task: Task, settings: dict[str, Any]) -> list[Claim]:
+        """Let demonstrations of a familiar relation contradict it."""
+        n = settings["n_demos"]
+        scores = convergence_boundary(
+            model, make_prompts(model, task, **settings), counts=[0, n // 2, n],
+            layer=self.report.row("dummy: local").layer, metric=self.select,
+        )  # fmt: skip
+        none = scores.data.sel(demo=0, site="none", drop=True)
+
+        def share(site: str, k: int, least: float) -> Found:
+            rise = scores.data.sel(site=site, drop=True) - none
+            effect = replace(scores, data=rise.sel(demo=k, drop=True))
+            return judge(effect, least, over=rise.sel(demo=0, drop=True))
+
+        control = "dummies as they are"
+        text = "a familiar relation survives where half of the demonstrations contradict it"
+        out = [self.claim(text, "ours", REDUNDANT, control, share("few-shot", n // 2, REDUNDANT))]
+        text = "contradicting demonstrations converge on the familiar relation (Pos Avg)"
+        found = self.claim(text, "ours", SAME, control, share("Pos Avg", n, SAME))
+        return [*out, self._needs_local(found)]

@@ -40,6 +40,7 @@ RECIPIENTS = ("dummy", "zero-shot")
 GROUPS = ("vector", "control", "probe")
 """A vector works only where it beats every control. A probe tells what is in a vector, and what it
 means depends on the task: deranged answers still tell a relation whose answers tell it."""
+RANDOM = "random-answer donors"
 LEAST = 0.8
 """A control that fits a smaller share of the prompts is left out and noted."""
 
@@ -185,7 +186,7 @@ def compare_vectors(
     task: str | Task,
     *,
     n_demos: int = 8,
-    n_prompts: int = 64,
+    n_prompts: int = 200,
     seed: int = 0,
     template: str | None = None,
     progress: bool = False,
@@ -235,19 +236,20 @@ def compare_vectors(
         # what the prompts answer with nothing injected: each is run once for all metrics
         plain = [("few-shot", side.clean, last_logits(adapter, side.clean))]
         plain += [(kind, p, recorded[kind].logits) for kind, p in side.recipients.items()]
-        for metric in METRICS if name == "test" else (select,):
+        metrics = METRICS if name == "test" else (select,)
+        found = [
+            inject_vectors(
+                model, side.recipients[c.recipient], c.vectors, at=c.at, metric=metrics,
+                run=recorded[c.recipient], progress=progress,
+            )
+            for c in curves
+        ]  # fmt: skip
+        for metric in metrics:
             key = f"{name}/{metric}"
             unit = get_metric(metric).unit
             about = attrs | {"metric": metric}
-            found = [
-                inject_vectors(
-                    model, side.recipients[c.recipient], c.vectors, at=c.at, metric=metric,
-                    run=recorded[c.recipient], progress=progress,
-                ).data.values
-                for c in curves
-            ]  # fmt: skip
             scores[key] = label_scores(
-                np.stack(found, -1), ("layer", "site"),
+                np.stack([each[metric].data.values for each in found], -1), ("layer", "site"),
                 {"layer": np.arange(adapter.n_layers), "site": list(groups)},
                 unit=unit, total=None, prompts=side.clean, attrs=about,
             )  # fmt: skip
@@ -390,7 +392,7 @@ class _Side:
             out.append(curve("dummy", f"at {role}", vectors, role))
         for name, donors in self.donors.items():
             out.append(curve("dummy", name, extract_vectors(self.model, donors), "answer"))
-            if name == "random-answer donors":
+            if name == RANDOM:
                 asked = donors.other_query(seed=self.seed + 2) if self.other_query else donors
                 theirs = extract_vectors(self.model, asked, at="query_is")
                 out.append(curve("zero-shot", name, theirs, "query_is"))
@@ -496,9 +498,11 @@ def _redrawn(
     return rows, clean.with_samples(samples)
 
 
-_CONTROLS = ("random-answer donors", "noise", "random vectors")
+random_answer_donors = _twins("dummies")
+"""Rows of clean prompts, and their twins with random answers, which can be asked something else."""
+_CONTROLS = (RANDOM, "noise", "random vectors")
 _DONORS = {
-    "random-answer donors": _twins("dummies"),
+    RANDOM: random_answer_donors,
     "shuffled donors": _twins("answers"),
     "same x, other rule": _twins("rule"),
     "same rule, other x": other_inputs,

@@ -125,7 +125,7 @@ def measure_convergence(
     task: str | Task,
     *,
     n_demos: int = 8,
-    n_prompts: int = 64,
+    n_prompts: int = 200,
     seed: int = 0,
     template: str | None = None,
     metric: str | None = None,
@@ -273,7 +273,13 @@ def contradict(prompts: Prompts, k: int, *, seed: int = 1) -> Prompts:
 
 
 def convergence_boundary(
-    model: Any, prompts: Prompts, *, layer: int, metric: str = "accuracy", seed: int = 1
+    model: Any,
+    prompts: Prompts,
+    *,
+    layer: int,
+    counts: Sequence[int] | None = None,
+    metric: str = "accuracy",
+    seed: int = 1,
 ) -> Scores:
     """Let k of n demonstrations contradict training, and see from which k on the relation is lost.
 
@@ -281,12 +287,14 @@ def convergence_boundary(
         model: A HookedTransformer or TransformerBridge in eval mode.
         prompts: Clean prompts of a familiar relation.
         layer: Where local vectors of the contradicting prompts go into dummies.
+        counts: Which k; None for 0 to n.
         metric: Name of a metric, of the answer that was learned.
         seed: Decides which demonstrations contradict.
 
     Returns:
         Values over ``(prompt, demo, site)``: ``demo`` is k, site is ``few-shot`` (the contradicting
-        prompts themselves), ``all`` (their local vectors in dummies) and ``Pos Avg``.
+        prompts themselves), ``all`` (their local vectors in dummies), ``Pos Avg``, and ``none``
+        (the dummies as they are).
 
     Raises:
         PromptError: as `contradict`.
@@ -294,22 +302,26 @@ def convergence_boundary(
     """
     adapter, measure = Adapter.of(model), get_metric(metric)
     contrast = prompts.dummies(seed=seed)
-    rows = torch.arange(len(contrast))
+    rows, run = torch.arange(len(contrast)), record_run(adapter, contrast.corrupted)
+    none = measure.readout(Targets.of(contrast.corrupted))(run.logits, rows).numpy()
+    chosen = list(range(prompts.n_demos + 1) if counts is None else counts)
     values = []
-    for k in range(prompts.n_demos + 1):
+    for k in chosen:
         donors = contradict(contrast.clean, k, seed=seed)
         local = extract_vectors(model, donors)
         logits = last_logits(adapter, donors)
         cell = [measure.readout(Targets.of(contrast.clean))(logits, rows).numpy()]
         for vectors in (local, local.pos_avg()):
-            found = inject_vectors(model, contrast.corrupted, vectors, layers=layer, metric=measure)
+            found = inject_vectors(
+                model, contrast.corrupted, vectors, layers=layer, metric=measure, run=run
+            )
             cell.append(found.data.values[:, 0])
-        values.append(np.stack(cell, -1))
+        values.append(np.stack([*cell, none], -1))
     attrs = provenance(adapter) | contrast.provenance
     attrs |= {"metric": metric, "layer": layer, "at": "answer"}
     return label_scores(
         np.stack(values, 1), ("demo", "site"),
-        {"demo": np.arange(prompts.n_demos + 1), "site": ["few-shot", "all", "Pos Avg"]},
+        {"demo": np.array(chosen), "site": ["few-shot", "all", "Pos Avg", "none"]},
         unit=measure.unit, total=None, prompts=contrast.clean, attrs=attrs,
     )  # fmt: skip
 
@@ -380,6 +392,7 @@ def ablate_demos(
     at: str = "answer",
     how: Sequence[Ablation] = ABLATIONS,
     draws: int = 4,
+    counts: Sequence[int] | None = None,
     metric: str | Metric = "accuracy",
     seed: int = 0,
     progress: bool = False,
@@ -397,6 +410,7 @@ def ablate_demos(
         at: Role of demonstrations; another one than ``"answer"`` is the control.
         how: Which ablations.
         draws: Random orders in which demonstrations are taken away; values are means over them.
+        counts: Which k; None for 0 to n.
         metric: Name of a metric.
         seed: Decides the orders.
         progress: Whether to show a progress bar.
@@ -407,7 +421,7 @@ def ablate_demos(
     Raises:
         UnknownName: for an unknown role, ablation or metric.
         PromptError: for a role outside of demonstrations, or a single prompt.
-        TvInterpError: if draws is below 1.
+        TvInterpError: if draws is below 1, or k is not 0 to n.
         ModelError: if the model discards edits of attention scores.
     """
     adapter, measure = Adapter.of(model), get_metric(metric)
@@ -420,12 +434,15 @@ def ablate_demos(
         raise PromptError("expected two prompts or more: ablations come from other prompts")
     if draws < 1:
         raise TvInterpError(f"expected draws of 1 or more, got {draws}")
-    resid = residual_at(adapter, prompts, at, "resid_pre")
+    resid, _ = residual_at(adapter, prompts, at, "resid_pre")
     others = resid.roll(len(prompts) // 2, 0)
     mean = resid.mean(0, keepdim=True).expand_as(resid)
     rng = np.random.default_rng([seed, 7])
     n = prompts.n_demos
     orders = [rng.permutation(n).tolist() for _ in range(draws)]
+    chosen = list(range(n + 1) if counts is None else counts)
+    if not chosen or not 0 <= min(chosen) <= max(chosen) <= n:
+        raise TvInterpError(f"expected counts of 0 to {n} demonstrations, got {chosen}")
 
     def patches(values: Tensor, demos: Iterable[int]) -> Variant:
         return tuple(
@@ -444,19 +461,22 @@ def ablate_demos(
         "mean": lambda demos: patches(mean, demos),
         "resample": lambda demos: patches(others, demos),
     }
-    variants: list[Variant] = [()]
-    variants += [make[each](order[:k]) for each in how for order in orders for k in range(1, n + 1)]
+    cells = [(each, frozenset(order[:k])) for each in how for order in orders for k in chosen]
+    asked = {(each, gone) if gone else None: None for each, gone in cells}  # each set once
+    variants: list[Variant] = [make[key[0]](sorted(key[1])) if key else () for key in asked]
     readout = measure.readout(Targets.of(prompts))
     found = run_variants(
         model, prompts, variants, readout, progress=f"without {at}" if progress else None
     )
-    cells = found[1:].reshape(len(how), draws, n, len(prompts)).mean(1)
-    values = torch.cat([found[:1].expand(len(how), 1, -1), cells], 1)  # [how, k, prompt]
+    place = {key: i for i, key in enumerate(asked)}
+    index = torch.tensor([place[cell if cell[1] else None] for cell in cells])
+    shape = (len(how), draws, len(chosen), len(prompts))
+    values = found[index].reshape(shape).mean(1)  # [how, k, prompt]
     attrs = provenance(adapter) | prompts.provenance
     attrs |= {"metric": measure.name, "at": at, "draws": draws, "corruption": "k of n"}
     return label_scores(
         values.permute(2, 1, 0).numpy(), ("demo", "part"),
-        {"demo": np.arange(n + 1), "part": list(how)},
+        {"demo": np.array(chosen), "part": list(how)},
         unit=measure.unit, total=None, prompts=prompts, attrs=attrs,
     )  # fmt: skip
 

@@ -7,25 +7,22 @@ by a reduced-rank regression from the full states, in closed form and without a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import ScoreError, TvInterpError
 from ..interventions.recording import batches, check_memory
 from ..models.adapter import Adapter, Edit, HookName
-from ..prompts import Prompts, get_task, make_prompts
-from ..prompts.tasks.categorization import Categorization
+from ..prompts import Prompts
 from ..scores import Scores, get_metric
 from ..scores.metrics import Targets
 from .common import label_scores, provenance
-from .vectors import Vectors, extract_vectors
 
 # ------------------------------------------------------------------------------------------ dPCA
 
@@ -336,145 +333,3 @@ def _projector(subspace: Subspace, layer: int, where: tuple[Tensor, Tensor]) -> 
         return new
 
     return edit
-
-
-# ------------------------------------------------------------------------------------ the question
-
-
-@dataclass(frozen=True, eq=False)
-class Geometry:
-    """What `measure_geometry` found.
-
-    Attributes:
-        shares: Share of the variance of condition means by ``(layer, factor)``; factors are
-            ``label``, the concrete one, and their interaction.
-        distance: Mahalanobis distance between labels, and between levels of the concrete factor, by
-            ``(layer, factor)``.
-        ablated: Values over ``(prompt, layer, site)``: the subspace of ``label`` or of the concrete
-            factor taken out from that layer on, and random ones of equal rank and variance.
-        settings: Provenance as plain values.
-    """
-
-    shares: xr.DataArray
-    distance: xr.DataArray
-    ablated: Scores
-    settings: Mapping[str, Any]
-
-    def __str__(self) -> str:
-        """A table at 80 columns."""
-        s, concrete = self.settings, self.settings["concrete"]
-        sites = [str(site) for site in self.ablated.data["site"].values]
-        heads = ["none", "label", "conc.", "rank l", "var l", "rank c", "var c"]
-        lines = [
-            f"{s['task']} on {s['model']}: states at answers, label and {concrete}",
-            f"Share of variance, Mahalanobis distance, and {s['metric']} with a factor taken out",
-            "from a layer on (0: all layers). rank, var: random subspaces of equal rank or",
-            f"removed variance as label (l) or {concrete} (c).",
-            f"{'':>5}{'share':>13}{'distance':>13}  {s['metric']} without",
-            f"layer{'label':>6}{concrete:>7}{'label':>6}{concrete:>7}"
-            + "".join(f"{h:>7}" for h in heads),
-        ]
-        mean = self.ablated.mean()
-        for layer in mean["layer"].values:
-            share, far = (
-                [float(table.sel(layer=layer, factor=f)) for f in ("label", concrete)]
-                for table in (self.shares, self.distance)
-            )
-            cells = [float(mean.sel(layer=layer, site=site)) for site in sites]
-            lines.append(
-                f"{layer:>5}{share[0]:>6.2f}{share[1]:>7.2f}{far[0]:>6.1f}{far[1]:>7.1f}"
-                + "".join(f"{v:>7.2f}" for v in cells)
-            )
-        return "\n".join(lines)
-
-
-CONCRETE: dict[str, tuple[str, Callable[[str], int]]] = {
-    "simple-string": ("length", lambda x: len(x.split())),
-    "digit": ("value", lambda x: int(x) // 20),
-    "2d-data": ("value", lambda x: sum(map(int, x.split())) // 4),
-}
-"""The concrete factor of each categorization task: length in letters; value in steps of 20; sum of
-the two coordinates in steps of 4."""
-
-
-def measure_geometry(
-    model: Any,
-    task: str,
-    *,
-    n_demos: int = 8,
-    n_prompts: int = 96,
-    n_components: int = 2,
-    seed: int = 0,
-) -> Geometry:
-    """Split answer states into label and input, and take either out.
-
-    All prompts share two label words, so that the label is one factor of two levels; which class it
-    names is drawn for each prompt. Subspaces are fitted on one half of the prompts, and ablated on
-    the other.
-
-    Args:
-        model: A HookedTransformer or TransformerBridge in eval mode.
-        task: ``"simple-string"``, ``"digit"`` or ``"2d-data"``.
-        n_demos: Demonstrations.
-        n_prompts: Prompts in each half.
-        n_components: Directions of the concrete factor; the label has one.
-        seed: Decides prompts and random subspaces.
-
-    Raises:
-        TvInterpError: for a task without a concrete factor, or if a pair of levels does not occur.
-        PromptError: if the prompts cannot be built.
-    """
-    chosen = get_task(task)
-    if task not in CONCRETE or not isinstance(chosen, Categorization):
-        raise TvInterpError(f"expected a task of {', '.join(CONCRETE)}, got {task!r}")
-    concrete, level = CONCRETE[task]
-    fixed = chosen.with_labels(chosen.labels[:2])
-    fit, test = (
-        make_prompts(model, fixed, n_demos=n_demos, n_prompts=n_prompts, seed=seed + 1000 * half)
-        for half in (0, 1)
-    )
-    vectors = extract_vectors(model, fit)
-    states = _flat(vectors)
-    demos = [pair for sample in fit.samples for pair in sample.demos]
-    factors: dict[str, list[Any]] = {
-        "label": [y for _, y in demos],
-        concrete: _merged([level(x) for x, _ in demos]),
-    }
-    layers = range(states.shape[1])
-    fits = [demix(states[:, layer], factors, n_components=n_components) for layer in layers]
-    mean = states.mean(0)
-    spaces: dict[str, Subspace] = {}
-    for name, rank in (("label", 1), (concrete, n_components)):
-        bases = tuple(f.encoders[name][:, :rank] for f in fits)
-        spaces[name] = Subspace(bases, tuple(np.ones(b.shape[1]) for b in bases), mean)
-    for name in ("label", concrete):
-        for match in ("rank", "variance"):
-            spaces[f"random, {match} of {name}"] = random_subspace(
-                spaces[name], states, match=match, seed=seed
-            )
-    names = list(fits[0].shares)
-    dims = ("layer", "factor")
-    shares = xr.DataArray(
-        [[f.shares[n] for n in names] for f in fits], dims=dims,
-        coords={"layer": np.array(layers), "factor": names}, name="share",
-    )  # fmt: skip
-    distance = xr.DataArray(
-        [[mahalanobis(states[:, la], factors[n]) for n in factors] for la in layers], dims=dims,
-        coords={"layer": np.array(layers), "factor": list(factors)}, name="distance",
-    )  # fmt: skip
-    ablated = ablate_subspaces(model, test, spaces, metric="choice")
-    settings = provenance(Adapter.of(model)) | test.provenance
-    settings |= {"concrete": concrete, "n_components": n_components, "metric": "choice"}
-    return Geometry(shares, distance, ablated, settings)
-
-
-def _flat(vectors: Vectors) -> Float[np.ndarray, "sample layer d_model"]:
-    """Lay out the states of all demonstrations as samples."""
-    data = vectors.data.transpose("prompt", "demo", "layer", "d_model").values.astype(float)
-    return data.reshape(-1, *data.shape[2:])
-
-
-def _merged(levels: Sequence[int], least: float = 0.05) -> list[int]:
-    """Merge rare levels at either end into their neighbours: too few states have no mean."""
-    low, high = np.quantile(levels, [least, 1 - least]).astype(int)
-    return [int(np.clip(v, low, high)) for v in levels]

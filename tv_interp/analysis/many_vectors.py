@@ -368,7 +368,7 @@ def leave_one_out(model: Any, prompts: Prompts) -> Scores:
     last_logits(adapter, prompts)  # refuses what the model cannot read
 
     def vectors(kept: Prompts) -> Tensor:
-        return residual_at(adapter, kept, "query_is", "resid_post").double()
+        return residual_at(adapter, kept, "query_is", "resid_post")[0].double()
 
     whole = vectors(prompts)
     none = (vectors(prompts.zero_shot()) - whole).norm(dim=-1)

@@ -15,7 +15,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -25,13 +25,22 @@ from torch import Tensor
 
 from ..errors import FileError, ModelError, PromptError, TvInterpError, unknown
 from ..interventions.engine import run_variants
-from ..interventions.recording import Run, batches, check_fits, check_memory, last_logits
+from ..interventions.recording import (
+    Run,
+    batches,
+    check_fits,
+    check_memory,
+    not_finite,
+    probe_replays,
+    record_run,
+)
 from ..interventions.sites import Head, Patch, Site, Variant
 from ..models.adapter import Adapter, Edit, HookName
+from ..models.replay import Layout, Tape
 from ..prompts import Prompts
 from ..prompts.roles import DEMO_ROLES, parse_role
 from ..scores import Metric, Scores, get_metric
-from ..scores.metrics import METRICS, Targets
+from ..scores.metrics import METRICS, Readouts, Targets
 from ..scores.scores import load_dataset, save_dataset
 from .common import as_sites, label_scores, provenance
 
@@ -185,10 +194,9 @@ def extract_vectors(
     for site in as_sites(heads, at, adapter) if heads is not None else ():
         by_layer.setdefault(site.layer, []).append(site.at[1])
     if heads is None:
-        values = residual_at(adapter, prompts, at, "resid_post")
+        values, logits = residual_at(adapter, prompts, at, "resid_post")
     else:
-        values = _writes_at(adapter, prompts, at, by_layer)
-    logits = last_logits(adapter, prompts).float()
+        values, logits = _writes_at(adapter, prompts, at, by_layer)
     layers = range(adapter.n_layers)
     coords: dict[str, Any] = {"prompt": np.arange(len(prompts)), "layer": np.arange(len(layers))}
     dims: tuple[str, ...] = ("prompt", "layer", "d_model")
@@ -199,7 +207,7 @@ def extract_vectors(
     targets, every = Targets.of(prompts), torch.arange(len(prompts))
     attrs = provenance(adapter) | prompts.provenance
     attrs["few_shot"] = {
-        name: float(metric.readout(targets)(logits, every).mean())
+        name: float(metric.readout(targets)(logits.float(), every).mean())
         for name, metric in METRICS.items()
         if name != "kl"
     }
@@ -211,71 +219,104 @@ def extract_vectors(
 
 def residual_at(
     adapter: Adapter, prompts: Prompts, at: str, component: str
-) -> Float[Tensor, "prompt layer *demo d_model"]:
-    """Read a component of every block at the last token of a role, on the CPU."""
-    names: list[HookName] = [(component, layer) for layer in range(adapter.n_layers)]
+) -> tuple[Float[Tensor, "prompt layer *demo d_model"], Float[Tensor, "prompt vocab"]]:
+    """Read a component of every block at the last token of a role, and the logits; on the CPU."""
+    names: list[HookName] = [(component, layer) for layer in adapter.layers]
 
-    def read(tokens: Tensor) -> list[Tensor]:
-        store = adapter.read(tokens, names)[1]
-        return [store[name] for name in names]
+    def read(tokens: Tensor) -> tuple[list[Tensor], Tensor]:
+        logits, store = adapter.read(tokens, names)
+        return [store[name] for name in names], logits
 
     return _collect(adapter, prompts, at, read)
 
 
 def _writes_at(
     adapter: Adapter, prompts: Prompts, at: str, by_layer: Mapping[int, Sequence[int]]
-) -> Float[Tensor, "prompt layer *demo d_model"]:
-    def read(tokens: Tensor) -> list[Tensor]:
-        shape = (*tokens.shape, adapter.model.cfg.d_model)
+) -> tuple[Float[Tensor, "prompt layer *demo d_model"], Float[Tensor, "prompt vocab"]]:
+    def read(tokens: Tensor) -> tuple[list[Tensor], Tensor]:
+        shape = (*tokens.shape, adapter.d_model)
         nothing = torch.zeros(shape, dtype=adapter.dtype)
-        return [
-            _write_of(adapter, tokens, layer, by_layer[layer]) if layer in by_layer else nothing
-            for layer in range(adapter.n_layers)
+        tape = adapter.tape(tokens)
+        output = _attention_of(adapter, tape, tokens)
+        writes = [
+            _write_of(adapter, output, layer, by_layer[layer]) if layer in by_layer else nothing
+            for layer in adapter.layers
         ]
+        return writes, tape.logits[0]
 
     return _collect(adapter, prompts, at, read)
 
 
 def _collect(
-    adapter: Adapter, prompts: Prompts, at: str, read: Callable[[Tensor], list[Tensor]]
-) -> Float[Tensor, "prompt layer *demo d_model"]:
-    """Go through the prompts and pick a role's last tokens out of what is read in each layer."""
+    adapter: Adapter,
+    prompts: Prompts,
+    at: str,
+    read: Callable[[Tensor], tuple[list[Tensor], Tensor]],
+) -> tuple[Float[Tensor, "prompt layer *demo d_model"], Float[Tensor, "prompt vocab"]]:
+    """Go through the prompts and pick a role's last tokens out of what is read in each layer.
+
+    Raises:
+        ModelError: if the logits are NaN.
+    """
     positions = prompts.positions(at)
     columns = positions if positions.ndim == 2 else positions[:, None]
-    parts, order = [], []
+    parts, order, logits = [], [], []
     for rows, tokens in batches(adapter, prompts, check_memory(None)):
         index = torch.arange(len(rows))[:, None]
-        taken = torch.stack([layer.cpu()[index, columns[rows]] for layer in read(tokens)], 1)
+        layers, last = read(tokens)
+        if last.isnan().any():
+            raise not_finite(adapter, "logits")
+        logits.append(last.cpu())
+        taken = torch.stack([layer.cpu()[index, columns[rows]] for layer in layers], 1)
         # half precisions have no place in netCDF
         parts.append(taken.float() if taken.dtype in (torch.float16, torch.bfloat16) else taken)
         order.append(rows)
-    values = torch.cat(parts)[torch.cat(order).argsort()]
-    return values if positions.ndim == 2 else values[:, :, 0]
+    back = torch.cat(order).argsort()
+    values = torch.cat(parts)[back]
+    return values if positions.ndim == 2 else values[:, :, 0], torch.cat(logits)[back]
 
 
-def _write_of(
-    adapter: Adapter, tokens: Tensor, layer: int, heads: Sequence[int]
-) -> Float[Tensor, "row pos d_model"]:
-    """Compute what heads of one layer add to the residual stream, without knowing its weights.
+AttentionOf = Callable[[int, Sequence[int]], Tensor]
+"""Attention output of a layer ``[row, pos, d_model]`` with all heads but those named at 0."""
 
-    The block's attention output with all other heads at 0, minus that with all heads at 0. That is
-    their write only where outputs add up, which is checked on all the other heads.
-    """
 
-    def output(kept: Sequence[int]) -> Tensor:
+def _attention_of(adapter: Adapter, tape: Tape, tokens: Tensor) -> AttentionOf:
+    """Call single blocks of a recorded run again, or the model where they cannot be called."""
+    alone = probe_replays(adapter, tape).layers
+
+    def output(layer: int, kept: Sequence[int]) -> Tensor:
         def keep(z: Tensor) -> Tensor:
             new = torch.zeros_like(z)
             new[:, :, kept] = z[:, :, kept]
             return new
 
-        name: HookName = ("attn_out", layer)
         edits: dict[HookName, Edit] = {("z", layer): keep}
-        return adapter.read(tokens, [name], edits)[1][name]
+        if not alone:
+            return adapter.read(tokens, [("attn_out", layer)], edits)[1]["attn_out", layer]
+        whole = Layout.suffix(0, tape.n_pos)
+        resid = tape.resid[layer]
+        return adapter.block(tape, layer, resid, whole, edits=edits, until="attn_out")
 
-    others = [head for head in range(adapter.n_heads) if head not in heads]
-    none, every = output([]), output(list(range(adapter.n_heads)))
-    write = output(list(heads)) - none
-    error = (write + output(others) - every).abs().max() / (1 + every.abs().max())
+    return output
+
+
+def _write_of(
+    adapter: Adapter, output: AttentionOf, layer: int, heads: Sequence[int]
+) -> Float[Tensor, "row pos d_model"]:
+    """Compute what heads of one layer add to the residual stream, without knowing its weights.
+
+    The block's attention output with all other heads at 0, minus that with all heads at 0. That is
+    their write only where outputs add up, which is checked: these heads and all others, or, where
+    there are no others, their first and their second half have to make the whole.
+    """
+    every = list(range(adapter.n_heads))
+    others = [head for head in every if head not in heads]
+    none, whole = output(layer, []), output(layer, every)
+    write = (output(layer, heads) if others else whole) - none
+    half = adapter.n_heads // 2
+    part, rest = (heads, others) if others else (every[:half], every[half:])
+    total = (write + none if others else output(layer, part)) + output(layer, rest) - none
+    error = (total - whole).abs().max() / (1 + whole.abs().max())
     if error > (0.05 if adapter.dtype in (torch.bfloat16, torch.float16) else 1e-4):
         raise ModelError(
             f"what heads of layer {layer} of {adapter.name} write does not add up (a norm stands "
@@ -310,19 +351,40 @@ def function_vector(
     return replace(written, data=total.expand_dims(layer=written.data["layer"]).copy())
 
 
+Layers = Literal["all"] | int | Sequence[int]
+How = Literal["each", "joint"]
+Mode = Literal["replace", "add"]
+
+
+@overload
+def inject_vectors(
+    model: Any, prompts: Prompts, vectors: Vectors, *, at: str | None = None,
+    layers: Layers = "all", how: How = "each", mode: Mode = "replace",
+    metric: str | Metric = "accuracy", run: Run | None = None, progress: bool = False,
+) -> Scores: ...  # fmt: skip
+
+
+@overload
+def inject_vectors(
+    model: Any, prompts: Prompts, vectors: Vectors, *, at: str | None = None,
+    layers: Layers = "all", how: How = "each", mode: Mode = "replace",
+    metric: tuple[str | Metric, ...], run: Run | None = None, progress: bool = False,
+) -> dict[str, Scores]: ...  # fmt: skip
+
+
 def inject_vectors(
     model: Any,
     prompts: Prompts,
     vectors: Vectors,
     *,
     at: str | None = None,
-    layers: Literal["all"] | int | Sequence[int] = "all",
-    how: Literal["each", "joint"] = "each",
-    mode: Literal["replace", "add"] = "replace",
-    metric: str | Metric = "accuracy",
+    layers: Layers = "all",
+    how: How = "each",
+    mode: Mode = "replace",
+    metric: str | Metric | tuple[str | Metric, ...] = "accuracy",
     run: Run | None = None,
     progress: bool = False,
-) -> Scores:
+) -> Scores | dict[str, Scores]:
     """Put vectors into prompts and measure what the model then answers, layer by layer.
 
     Row i of the vectors goes into prompt i; vectors without prompts (Trial Avg) go into all, and
@@ -336,7 +398,8 @@ def inject_vectors(
         layers: The sweep: every layer, one, or several.
         how: ``"each"`` layer in a run of its own, or all in one ``"joint"`` run.
         mode: ``"replace"`` the residual stream, or ``"add"`` to it.
-        metric: Name of a metric; not ``kl``, which has no reference here.
+        metric: Name of a metric; not ``kl``, which has no reference here. A tuple of metrics is
+            read off the same runs, so several cost one sweep.
         run: The recipients' own run from `record_run`, so that several sweeps share it; None
             records it.
         progress: Whether to show a progress bar.
@@ -344,14 +407,20 @@ def inject_vectors(
     Returns:
         The metric's **value** (no difference) over ``(prompt, layer)``, or ``(prompt, site)`` with
         one entry for ``"joint"``. ``attrs`` has its reference lines as numbers: ``recipient``
-        (nothing injected), ``zero_shot``, ``few_shot`` (the donors as they are), ``chance``.
+        (nothing injected), ``zero_shot``, ``few_shot`` (the donors as they are), ``chance``. For a
+        tuple of metrics, one of these for each by its name.
 
     Raises:
         UnknownName: for an unknown role, mode, way or metric.
-        TvInterpError: for a layer outside of the model, or vectors of another model.
+        TvInterpError: for a layer outside of the model, or vectors of another model; if there is no
+            metric.
         PromptError: if vectors and prompts differ in number, or in demonstrations.
     """
-    adapter, metric = Adapter.of(model), get_metric(metric)
+    adapter = Adapter.of(model)
+    several = isinstance(metric, tuple)
+    metrics = [get_metric(each) for each in (metric if several else (metric,))]
+    if not metrics:
+        raise TvInterpError("empty selection: expected at least one metric")
     for kind, given, known in (("mode", mode, ("replace", "add")), ("how", how, ("each", "joint"))):
         if given not in known:
             raise unknown(kind, given, known)
@@ -365,33 +434,40 @@ def inject_vectors(
     variants: list[Variant] = (
         [tuple(patches)] if how == "joint" else [(patch,) for patch in patches]
     )
-    readout = metric.readout(Targets.of(prompts))
+    readouts = Readouts.of(metrics, Targets.of(prompts))
+    if run is None:
+        run = record_run(adapter, prompts)
     label = f"into {role}" if progress else None
-    values = run_variants(model, prompts, [*variants, ()], readout, run=run, progress=label)
-    recipient = float(values[-1].mean())
-    zero_shot = _plain_run(adapter, prompts.zero_shot(), metric) if prompts.n_demos else recipient
-    attrs = provenance(adapter) | prompts.provenance
-    attrs |= {
-        "metric": metric.name, "at": role, "taken_at": vectors.role, "mode": mode,
+    values = run_variants(model, prompts, variants, readouts, run=run, progress=label)
+    every = torch.arange(len(prompts))
+    recipient = readouts(run.logits, every).mean(0).tolist()
+    zero_shot = recipient
+    if prompts.n_demos:  # then the labels are answer and foil alone
+        labels = torch.stack([prompts.answer, prompts.foil], 1)
+        alone = Readouts.of(metrics, Targets(prompts.answer, prompts.foil, labels))
+        zero_shot = alone(run.zero_shot, every).mean(0).tolist()
+    about = provenance(adapter) | prompts.provenance
+    about |= {
+        "at": role, "taken_at": vectors.role, "mode": mode,
         "donors": {k: vectors.attrs[k] for k in ("task", "n_demos", "seed") if k in vectors.attrs},
-        "recipient": recipient,
-        "zero_shot": zero_shot,
-        "few_shot": vectors.attrs.get("few_shot", {}).get(metric.name),
-        "chance": metric.chance(adapter.model.cfg.d_vocab),
     }  # fmt: skip
     dims, coords = ("layer",), {"layer": np.array(chosen)}
     if how == "joint":
         dims, coords = ("site",), {"site": ["+".join(f"L{layer}" for layer in chosen)]}
-    return label_scores(
-        values[:-1].T.numpy(), dims, coords, unit=metric.unit, total=None, prompts=prompts,
-        attrs=attrs,
-    )  # fmt: skip
-
-
-def _plain_run(adapter: Adapter, prompts: Prompts, metric: Metric) -> float:
-    """Measure prompts as they are."""
-    logits = last_logits(adapter, prompts)
-    return float(metric.readout(Targets.of(prompts))(logits, torch.arange(len(prompts))).mean())
+    found = {}
+    for i, each in enumerate(metrics):
+        attrs = about | {
+            "metric": each.name,
+            "recipient": recipient[i],
+            "zero_shot": zero_shot[i],
+            "few_shot": vectors.attrs.get("few_shot", {}).get(each.name),
+            "chance": each.chance(adapter.model.cfg.d_vocab),
+        }
+        found[each.name] = label_scores(
+            values[..., i].T.numpy(), dims, coords, unit=each.unit, total=None, prompts=prompts,
+            attrs=attrs,
+        )  # fmt: skip
+    return found if several else found[metrics[0].name]
 
 
 def _layers(adapter: Adapter, layers: Literal["all"] | int | Sequence[int]) -> list[int]:

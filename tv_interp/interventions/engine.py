@@ -36,10 +36,10 @@ from ..prompts import Prompts
 from .recording import Run, call_bytes, check_memory, not_finite, record_run, slot_bytes
 from .sites import Cut, Patch, Variant
 
-Readout = Callable[[Float[Tensor, "row vocab"], Int[Tensor, " row"]], Float[Tensor, " row"]]
-"""Turns logits at the last token, and the prompts they belong to, into one number each. One that
-reads few tokens may name them in ``tokens [prompt, token]``; then it is handed the logits of these
-alone, through ``of_tokens``."""
+Readout = Callable[[Float[Tensor, "row vocab"], Int[Tensor, " row"]], Float[Tensor, "row *metric"]]
+"""Turns logits at the last token, and the prompts they belong to, into one number each, or into one
+of each of several metrics. One that reads few tokens may name them in ``tokens [prompt, token]``;
+then it is handed the logits of these alone, through ``of_tokens``."""
 
 Change = Patch | Cut
 CACHE = 8 * 2**20
@@ -58,14 +58,14 @@ def run_variants(
     run: Run | None = None,
     max_memory: float | None = None,
     progress: str | None = None,
-) -> Float[Tensor, "variant prompt"]:
+) -> Float[Tensor, "variant prompt *metric"]:
     """Run prompts under each variant and read a number off the logits at the last token.
 
     Args:
         model: The model.
         prompts: What to run.
         variants: The interventions; an empty variant is the plain run.
-        readout: From logits and prompt numbers to one number each.
+        readout: From logits and prompt numbers to one number each, or to one a metric.
         others: Whether tokens that a variant does not change respond to it, or stay as recorded;
             the last token always responds.
         run: The plain run of these prompts, where it has been recorded.
@@ -91,7 +91,8 @@ def run_variants(
             batch = Batch(run, rows, tape, budget / 2)
             for some, values in _run_batch(batch, variants, readout, others):
                 if not out.numel():
-                    out = torch.empty(len(variants), len(prompts), dtype=values.dtype)
+                    size = (len(variants), len(prompts), *values.shape[2:])
+                    out = torch.empty(size, dtype=values.dtype)
                 out[torch.tensor(some)[:, None], rows] = values
                 bar.update(len(some))
     if not out.isfinite().all():
@@ -240,7 +241,7 @@ def _run_batch(
     variants: Sequence[Variant],
     readout: Readout,
     others: Literal["respond", "frozen"],
-) -> Iterator[tuple[list[int], Float[Tensor, "variant row"]]]:
+) -> Iterator[tuple[list[int], Float[Tensor, "variant row *metric"]]]:
     """Run all variants on one batch of prompts, some at a time: their numbers and values."""
     reaches = _reaches(batch, variants)
     can = batch.run.replays
@@ -260,7 +261,7 @@ def _run_batch(
         changes = {i: reaches[i] for i in members}
         if key == "plain":
             value = readout(batch.tape.logits[0], batch.rows).cpu()
-            yield members, value.expand(len(members), -1)
+            yield members, value.expand(len(members), *value.shape)
         elif key == "forward":
             yield from _forwards(batch, changes, readout)
         elif key == "last" or others == "frozen":
@@ -451,7 +452,7 @@ def _last_layer(
 
 def _forwards(
     batch: Batch, reaches: dict[int, Reach], readout: Readout
-) -> Iterator[tuple[list[int], Float[Tensor, "variant row"]]]:
+) -> Iterator[tuple[list[int], Float[Tensor, "variant row *metric"]]]:
     """Run variants as full forward passes."""
     adapter, n_pos = batch.adapter, batch.tape.n_pos
     tokens = batch.run.prompts.tokens[batch.rows, :n_pos]
@@ -469,24 +470,25 @@ def _forwards(
             edits, reads = edits | more[0], reads | more[1]
         logits = adapter.run(tokens.repeat(len(some), 1), edits, reads)
         values = readout(logits, batch.rows.repeat(len(some))).cpu()
-        yield some, values.view(len(some), -1)
+        yield some, values.view(len(some), len(batch.rows), *values.shape[1:])
 
 
 def _values(
     batch: Batch, resid: Float[Tensor, "row variant d_model"], readout: Readout
-) -> Float[Tensor, "variant row"]:
+) -> Float[Tensor, "variant row *metric"]:
     """Read the last block's output at the last token."""
     adapter, rows, n = batch.adapter, batch.rows, resid.shape[1]
     tokens = getattr(readout, "tokens", None) if batch.run.replays.picks else None
     if tokens is not None:
         logits = adapter.logits(resid, tokens[rows])
-        return readout.of_tokens(logits.flatten(0, 1)).view(-1, n).T  # type: ignore[attr-defined]
+        values = readout.of_tokens(logits.flatten(0, 1))  # type: ignore[attr-defined]
+        return values.view(-1, n, *values.shape[1:]).transpose(0, 1)
     bytes_each = len(rows) * adapter.model.cfg.d_vocab * adapter.dtype.itemsize * 4
     out = []
     for some in resid.split(max(1, int(batch.budget / bytes_each)), 1):
         logits = adapter.logits(some).transpose(0, 1)
         values = readout(logits.flatten(0, 1), rows.repeat(some.shape[1])).cpu()
-        out.append(values.view(some.shape[1], -1))
+        out.append(values.view(some.shape[1], len(rows), *values.shape[1:]))
     return torch.cat(out)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -58,6 +59,11 @@ class Run:
     replays: Replays
     kept: tuple[tuple[Tensor, Tape | None], ...]
     max_memory: float = MEMORY
+
+    @cached_property
+    def zero_shot(self) -> Float[Tensor, "prompt vocab"]:
+        """Logits of the same prompts without demonstrations, on the CPU; run once, when asked."""
+        return last_logits(self.adapter, self.prompts.zero_shot())
 
     def tapes(self) -> Iterator[tuple[Tensor, Tape]]:
         """Go through the batches: row numbers, and what the forward pass left behind."""

@@ -147,7 +147,7 @@ class Adapter:
             UnknownName: if a component is not known.
             ModelError: if the model has no such hook point, or one never fired.
         """
-        with self._hooked(edits, reads), torch.no_grad():
+        with self._hooked(edits, reads), self._last_unembedded(), torch.no_grad():
             return self.model(tokens.to(self.device), return_type="logits")[:, -1]
 
     def tape(self, tokens: Int[Tensor, "row pos"]) -> Tape:
@@ -167,17 +167,13 @@ class Adapter:
         def after(block: Any, args: tuple, out: Any) -> None:
             tape.resid.append((out[0] if isinstance(out, tuple) else out).detach())
 
-        def last_token(unembed: Any, args: tuple) -> tuple:
-            return (args[0][:, -1:], *args[1:])
-
         caching = {"use_cache": True} if self._is_bridge else {}
         reads = {("z", layer): lambda z: tape.z.append(z.detach()) for layer in self.layers}
         try:
             for block in self.model.blocks:
                 handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
             handles.append(self.model.blocks[-1].register_forward_hook(after))
-            handles.append(self.model.unembed.register_forward_pre_hook(last_token))
-            with torch.no_grad(), self._hooked(None, reads):
+            with torch.no_grad(), self._hooked(None, reads), self._last_unembedded():
                 tokens = tokens.to(self.device)
                 logits = self.model(tokens, return_type="logits", **caching)
                 tape.logits.append(logits[:, -1])
@@ -361,6 +357,19 @@ class Adapter:
         finally:
             attention._buffers.update(tables)
             del attention._make_causal_mask
+
+    @contextmanager
+    def _last_unembedded(self) -> Iterator[None]:
+        """Unembed the last token alone while something runs: no other logits are ever read."""
+
+        def last_token(unembed: Any, args: tuple) -> tuple:
+            return (args[0][:, -1:], *args[1:])
+
+        handle = self.model.unembed.register_forward_pre_hook(last_token)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     @cached_property
     def _points(self) -> Mapping[str, Any]:

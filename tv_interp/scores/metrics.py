@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -113,6 +113,39 @@ class Readout:
         """Read the logits of `tokens`."""
         assert self.metric.pair is not None
         return self.metric.pair(*_precise(logits).unbind(1))
+
+
+@dataclass(frozen=True)
+class Readouts:
+    """Several metrics on the same prompts, read off the same logits in one go.
+
+    Attributes:
+        each: The metrics' readouts, with equal targets.
+    """
+
+    each: tuple[Readout, ...]
+
+    @classmethod
+    def of(cls, metrics: Sequence[Metric], targets: Targets) -> Readouts:
+        """Fix the targets of every metric; see `Metric.readout`."""
+        return cls(tuple(metric.readout(targets) for metric in metrics))
+
+    def __call__(
+        self, logits: Float[Tensor, "row vocab"], rows: Int[Tensor, " row"]
+    ) -> Float[Tensor, "row metric"]:
+        """Read the logits of the whole vocabulary."""
+        return torch.stack([readout(logits, rows) for readout in self.each], -1)
+
+    @property
+    def tokens(self) -> Int[Tensor, "prompt 2"] | None:
+        """The two tokens whose logits are all that any of them reads; None where one reads more."""
+        if any(readout.tokens is None for readout in self.each):
+            return None
+        return self.each[0].tokens
+
+    def of_tokens(self, logits: Float[Tensor, "row 2"]) -> Float[Tensor, "row metric"]:
+        """Read the logits of `tokens`."""
+        return torch.stack([readout.of_tokens(logits) for readout in self.each], -1)
 
 
 def _precise(logits: Tensor) -> Tensor:

@@ -8,18 +8,20 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from scipy.stats import binomtest
 
+from ..analysis.claims import check_claims
+from ..analysis.verdicts import Claims
 from ..errors import ModelError
 from ..files import write_text
 from ..interventions.recording import last_logits
 from ..models.adapter import Adapter
 from ..models.load import load_model, reference_directory
 from ..prompts import Task, get_task, list_tasks, make_prompts
-from ..prompts.tasks.categorization import Categorization
+from ..prompts.tasks.categorization import Categorization, hybrid_task
 from ..prompts.tasks.knowledge import SHARED
 from ..prompts.tasks.words import held_out_label_words, unanswered_label_words
 from ..scores.metrics import METRICS, Targets
@@ -101,12 +103,25 @@ def measure_accuracy(
     return rows
 
 
-def write_card(model: str = "reference", n_prompts: int = 500) -> None:
-    """Measure a shipped model and write its README.md and ``accuracy.json``.
+def claim_tasks() -> list[str | Task]:
+    """List the tasks on which the claims of arXiv 2406.16007 are asked: four of the paper's kinds.
+
+    The hybrid labels countries by their continent.
+    """
+    return ["country-capital", "adjective-antonym", "digit", "2d-data", hybrid_task()]
+
+
+def write_card(
+    model: str = "reference",
+    n_prompts: int = 500,
+    parts: Literal["all", "accuracy", "claims"] = "all",
+) -> None:
+    """Measure a shipped model and write its README.md, ``accuracy.json`` and ``claims.json``.
 
     Args:
         model: Name of a shipped model.
-        n_prompts: Prompts of each cell.
+        n_prompts: Prompts of each cell of the table of accuracies.
+        parts: What is measured; the rest is read from what was written before.
 
     Raises:
         ModelError: if there is no such model.
@@ -114,10 +129,39 @@ def write_card(model: str = "reference", n_prompts: int = 500) -> None:
     directory = reference_directory(model)
     if directory is None:
         raise ModelError(f"expected the name of a shipped model, got {model!r}")
-    rows = measure_accuracy(load_model(model), n_prompts=n_prompts)
-    lines = [json.dumps(row) for row in rows]
-    write_text(directory / "accuracy.json", "[\n " + ",\n ".join(lines) + "\n]\n")
+    loaded = load_model(model)
+    torch.set_num_threads(1)  # a small model: more threads only wait for each other
+    if parts != "claims":
+        rows = measure_accuracy(loaded, n_prompts=n_prompts)
+        lines = [json.dumps(row) for row in rows]
+        write_text(directory / "accuracy.json", "[\n " + ",\n ".join(lines) + "\n]\n")
+    if parts != "accuracy":
+        check_claims(loaded, claim_tasks()).save(directory / "claims.json")
+    rows = json.loads((directory / "accuracy.json").read_text("utf-8"))
     write_text(directory / "README.md", _card(model, directory, rows))
+
+
+def _claims(name: str, directory: Path) -> list[str]:
+    """Write the section of the claims, where they were measured."""
+    path = directory / "claims.json"
+    if not path.exists():
+        return []
+    claims = Claims.load(path)
+    s = claims.settings
+    return [
+        "## Claims of arXiv 2406.16007",
+        "",
+        f"Asked by `python -m tv_interp.show.card --model {name} --parts claims`: "
+        f"{s['n_demos']} demonstrations, {s['n_prompts']} prompts in each half (one chooses layers "
+        f"and fits subspaces, the other is measured), seed {s['seed']}. Effect with its 95 % "
+        "interval; *appears* and *does not* where it lies on one side of the number in brackets, "
+        "which the claim is held against. k: the paper says so of knowledge tasks, c: of "
+        "categorization, \\*: of both, o: our question. The paper's code and some of its choices "
+        "are not public, so this is after the paper, not a replication.",
+        "",
+        claims.to_markdown(),
+        "",
+    ]
 
 
 def _card(name: str, directory: Path, rows: Sequence[dict[str, Any]]) -> str:
@@ -207,6 +251,7 @@ def _card(name: str, directory: Path, rows: Sequence[dict[str, Any]]) -> str:
             "the same inputs and the same answers, so only the pair tells (France-Paris is the "
             "capital, France-Madrid the neighbour's capital).",
             "",
+            *_claims(name, directory),
             "## Training",
             "",
             f"{_made(directory, about)}, "
