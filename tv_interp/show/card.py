@@ -23,6 +23,7 @@ from ..prompts.tasks.categorization import Categorization
 from ..prompts.tasks.knowledge import SHARED
 from ..prompts.tasks.words import held_out_label_words, unanswered_label_words
 from ..scores.metrics import METRICS, Targets
+from .phenomena import measure_phenomena, phenomena_section
 
 DEMOS = (0, 1, 2, 4, 6, 8, 10)
 
@@ -102,11 +103,11 @@ def measure_accuracy(
 
 
 def write_card(model: str = "reference", n_prompts: int = 500) -> None:
-    """Measure a shipped model and write its README.md and ``accuracy.json``.
+    """Measure a shipped model and write its README.md, ``accuracy.json`` and ``phenomena.json``.
 
     Args:
         model: Name of a shipped model.
-        n_prompts: Prompts of each cell.
+        n_prompts: Prompts of each cell of the table of accuracy.
 
     Raises:
         ModelError: if there is no such model.
@@ -114,13 +115,21 @@ def write_card(model: str = "reference", n_prompts: int = 500) -> None:
     directory = reference_directory(model)
     if directory is None:
         raise ModelError(f"expected the name of a shipped model, got {model!r}")
-    rows = measure_accuracy(load_model(model), n_prompts=n_prompts)
-    lines = [json.dumps(row) for row in rows]
-    write_text(directory / "accuracy.json", "[\n " + ",\n ".join(lines) + "\n]\n")
-    write_text(directory / "README.md", _card(model, directory, rows))
+    loaded = load_model(model)
+    rows = measure_accuracy(loaded, n_prompts=n_prompts)
+    found = measure_phenomena(loaded)
+    for name, each in (("accuracy", rows), ("phenomena", found)):
+        lines = [json.dumps(row) for row in each]
+        write_text(directory / f"{name}.json", "[\n " + ",\n ".join(lines) + "\n]\n")
+    write_text(directory / "README.md", _card(model, directory, rows, found))
 
 
-def _card(name: str, directory: Path, rows: Sequence[dict[str, Any]]) -> str:
+def _card(
+    name: str,
+    directory: Path,
+    rows: Sequence[dict[str, Any]],
+    phenomena: Sequence[dict[str, Any]],
+) -> str:
     config = json.loads((directory / "config.json").read_text("utf-8"))
     about = config["tv_interp"]
     recipe, shape = about["recipe"], about["shape"]
@@ -207,6 +216,7 @@ def _card(name: str, directory: Path, rows: Sequence[dict[str, Any]]) -> str:
             "the same inputs and the same answers, so only the pair tells (France-Paris is the "
             "capital, France-Madrid the neighbour's capital).",
             "",
+            *phenomena_section(phenomena),
             "## Training",
             "",
             f"{_made(directory, about)}, "
