@@ -170,8 +170,9 @@ def _card(
         *(f"| {r['step']} | " + " | ".join(f"{r[k]:.2f}" for k in kinds) + " |" for r in steps),
     ]
     phases = [
-        f"{i}. {phase['steps']} steps of {phase['batch']} sequences of {phase['length']} tokens, "
-        f"{_dropped(recipe['drop'], phase['dropout'])}{_restricted(phase['n_words'])}: "
+        f"{i}. {'at most ' if phase.get('until') else ''}{phase['steps']} steps of "
+        f"{phase['batch']} sequences of {phase['length']} tokens, "
+        f"{_dropped(recipe['drop'], phase['dropout'])}{_restricted(phase)}: "
         + ", ".join(f"{family} {weight:g}" for family, weight in phase["mix"].items())
         for i, phase in enumerate(recipe["phases"], 1)
     ]
@@ -234,8 +235,14 @@ def _card(
     )
 
 
-def _restricted(n_words: int | None) -> str:
-    return f", label words up to {n_words} at its end" if n_words else ""
+def _restricted(phase: dict[str, Any]) -> str:
+    text = f", {phase['n_words']} label words" if phase["n_words"] else ""
+    if phase.get("until"):  # models from before there was such a phase do not name it
+        text += (
+            f" (growing to them from those before) until {phase['until']:g} of look-ups of what "
+            "was shown are right"
+        )
+    return text
 
 
 def _made(directory: Path, about: dict[str, Any]) -> str:
