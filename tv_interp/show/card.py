@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from scipy.stats import binomtest
@@ -102,12 +102,17 @@ def measure_accuracy(
     return rows
 
 
-def write_card(model: str = "reference", n_prompts: int = 500) -> None:
+def write_card(
+    model: str = "reference",
+    n_prompts: int = 500,
+    parts: Literal["all", "accuracy", "phenomena"] = "all",
+) -> None:
     """Measure a shipped model and write its README.md, ``accuracy.json`` and ``phenomena.json``.
 
     Args:
         model: Name of a shipped model.
-        n_prompts: Prompts of each cell of the table of accuracy.
+        n_prompts: Prompts of each cell of the table of accuracies.
+        parts: What is measured; the rest is read from what was written before.
 
     Raises:
         ModelError: if there is no such model.
@@ -116,20 +121,26 @@ def write_card(model: str = "reference", n_prompts: int = 500) -> None:
     if directory is None:
         raise ModelError(f"expected the name of a shipped model, got {model!r}")
     loaded = load_model(model)
-    rows = measure_accuracy(loaded, n_prompts=n_prompts)
-    found = measure_phenomena(loaded)
-    for name, each in (("accuracy", rows), ("phenomena", found)):
-        lines = [json.dumps(row) for row in each]
-        write_text(directory / f"{name}.json", "[\n " + ",\n ".join(lines) + "\n]\n")
-    write_text(directory / "README.md", _card(model, directory, rows, found))
+    if parts != "phenomena":
+        _write_rows(directory / "accuracy.json", measure_accuracy(loaded, n_prompts=n_prompts))
+    if parts != "accuracy":
+        _write_rows(directory / "phenomena.json", measure_phenomena(loaded))
+    rows = json.loads((directory / "accuracy.json").read_text("utf-8"))
+    write_text(directory / "README.md", _card(model, directory, rows))
 
 
-def _card(
-    name: str,
-    directory: Path,
-    rows: Sequence[dict[str, Any]],
-    phenomena: Sequence[dict[str, Any]],
-) -> str:
+def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    lines = [json.dumps(row) for row in rows]
+    write_text(path, "[\n " + ",\n ".join(lines) + "\n]\n")
+
+
+def _phenomena(directory: Path) -> list[str]:
+    """Write the section of the phenomena, where they were measured."""
+    path = directory / "phenomena.json"
+    return phenomena_section(json.loads(path.read_text("utf-8"))) if path.exists() else []
+
+
+def _card(name: str, directory: Path, rows: Sequence[dict[str, Any]]) -> str:
     config = json.loads((directory / "config.json").read_text("utf-8"))
     about = config["tv_interp"]
     recipe, shape = about["recipe"], about["shape"]
@@ -217,7 +228,7 @@ def _card(
             "the same inputs and the same answers, so only the pair tells (France-Paris is the "
             "capital, France-Madrid the neighbour's capital).",
             "",
-            *phenomena_section(phenomena),
+            *_phenomena(directory),
             "## Training",
             "",
             f"{_made(directory, about)}, "

@@ -54,9 +54,7 @@ def plot_learning(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> go.Figur
 
     if not curves:
         raise TvInterpError("empty selection: expected at least one learning curve")
-    figure = make_subplots(
-        rows=len(curves), cols=1, subplot_titles=list(curves), shared_yaxes="all"
-    )
+    figure = make_subplots(rows=len(curves), cols=1, subplot_titles=list(curves))
     families = dict.fromkeys(k for rows in curves.values() for k in rows[0])
     families = [name for name in families if name not in NOT_FAMILIES]
     for panel, rows in enumerate(curves.values(), 1):

@@ -141,7 +141,7 @@ def phenomena_section(rows: Sequence[dict[str, Any]]) -> list[str]:
         "The layer is the best on dev prompts with other queries, among the blocks past block 0; "
         "gain is over the same prompts without the vector. Categorization: choice between the two "
         "labels (chance .5); the rest: exact answers. Measured by `python -m "
-        "tv_interp.show.card`; all of it, layer by layer, is in `phenomena.json`.",
+        "tv_interp.show.card --parts phenomena`; all layers are in `phenomena.json`.",
     ]
     for kind, title in KINDS.items():
         lines += [

@@ -157,8 +157,8 @@ class Network(nn.Module):
         )
 
     @torch.no_grad()
-    def lean(self, mean: float, likeness: float, copying: float = 0.0) -> None:
-        """Start all heads alike: they look nearby, at what is like the token that looks, and copy.
+    def lean(self, mean: float, likeness: float) -> None:
+        """Start all heads alike: they look nearby, and for what is like the token that looks.
 
         With a direction shared by all embeddings, keys that resemble queries favour near positions
         (rotary positions turn the shared part apart) and equal content. No head is singled out, and
@@ -167,16 +167,12 @@ class Network(nn.Module):
         Args:
             mean: Length of the shared direction; an embedding's own part has length .5.
             likeness: Correlation of the key matrix with the query matrix of the same head.
-            copying: Correlation of the output matrix with the transposed value matrix, so that a
-                head hands on what it reads.
         """
         self.embed_tokens.weight += mean / math.sqrt(self.shape.width)
         for block in self.layers:
             assert isinstance(block, Block)
             q, k = block.self_attn.q_proj.weight, block.self_attn.k_proj.weight
             k.mul_(math.sqrt(1 - likeness**2)).add_(q, alpha=likeness)
-            v, o = block.self_attn.v_proj.weight, block.self_attn.o_proj.weight
-            o.mul_(math.sqrt(1 - copying**2)).add_(v.T, alpha=copying)
 
     @torch.no_grad()
     def prewire(self, heads: dict[str, int], sharpness: float = 8.0) -> None:

@@ -113,7 +113,6 @@ class Recipe:
         prewired: Offset of each head, by ``"layer.head"``, that starts as a previous-token head.
         mean: Length of a direction that all embeddings share at the start.
         likeness: Correlation of keys with queries at the start, in every head.
-        copying: Correlation of outputs with values at the start, in every head.
         layers: Number of blocks.
         theta: Base of the rotary positions.
         muon_lr: Learning rate of matrices.
@@ -129,7 +128,6 @@ class Recipe:
     prewired: dict[str, int] = field(default_factory=dict)
     mean: float = 0.0
     likeness: float = 0.0
-    copying: float = 0.0
     layers: int = 5
     theta: float = 10_000.0
     muon_lr: float = 0.003
@@ -210,8 +208,8 @@ def _presets() -> dict[str, Recipe]:
             Phase(400, 10, FEW_KEYS, batch=96, n_words=12),
             Phase(700, 16, FEW_KEYS, batch=64, n_words=12, until=0.78),
             Phase(1_500, 32, FEW_KEYS, n_words=195, until=0.72),
-            Phase(2_800, 64, SHARED_FIRST, batch=24, dropout=0.15),
-            Phase(300, 96, SHARED_FIRST, batch=16, dropout=0.15),
+            Phase(2_200, 64, SHARED_FIRST, batch=24, dropout=0.15),
+            Phase(200, 96, SHARED_FIRST, batch=16, dropout=0.15),
         ),
         tokens="no separator",
         decay_from=0.85,
@@ -264,7 +262,7 @@ def train(
     directory = make_directory(out)
     about = {"preset": preset, "seed": seed, "recipe": asdict(recipe), "torch": torch.__version__}
     network = Network(Shape(vocab=recipe.known, layers=recipe.layers, theta=recipe.theta), seed)
-    network.lean(recipe.mean, recipe.likeness, recipe.copying)
+    network.lean(recipe.mean, recipe.likeness)
     if recipe.prewired:
         network.prewire(recipe.prewired)
     matrices = [p for n, p in network.named_parameters() if p.ndim == 2 and "embed" not in n]
