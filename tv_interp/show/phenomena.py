@@ -31,14 +31,14 @@ KINDS = {
 }
 WITHOUT = "without answers"
 """Kind of the rows that take answers away."""
-ABLATED = ("country-currency", "country-capital", "simple-string", "digit", "2d-data")
+ABLATED = ("country-currency", "country-capital", "simple-string", "digit")
 
 
 TASKS = (
-    *("country-currency", "capital-country", "adjective-antonym", "verb-gerund", "verb-past"),
-    *("noun-plural", "country-capital", "country-language"),
+    *("country-currency", "capital-country", "adjective-antonym", "verb-gerund"),
+    *("country-capital", "country-language"),
     *("simple-string", "digit", "2d-data"),
-    *("country-capital-bijection", "verb-past-bijection", "letter-upper-bijection"),
+    *("country-capital-bijection", "verb-past-bijection"),
 )
 
 
