@@ -263,6 +263,7 @@ def _made(directory: Path, about: dict[str, Any]) -> str:
     return (
         f"`python -m tv_interp.models.reference.train --preset {about['preset']} --seed "
         f"{about['seed']} --out DIR` took {took['minutes']:g} minutes on {took['machine']}"
+        + (f" ({took['note']})" if "note" in took else "")
     )
 
 
