@@ -25,6 +25,7 @@ from ..prompts.tasks.categorization import Categorization, hybrid_task
 from ..prompts.tasks.knowledge import SHARED
 from ..prompts.tasks.words import held_out_label_words, unanswered_label_words
 from ..scores.metrics import METRICS, Targets
+from .phenomena import measure_phenomena, phenomena_section
 
 DEMOS = (0, 1, 2, 4, 6, 8, 10)
 
@@ -114,9 +115,9 @@ def claim_tasks() -> list[str | Task]:
 def write_card(
     model: str = "reference",
     n_prompts: int = 500,
-    parts: Literal["all", "accuracy", "claims"] = "all",
+    parts: Literal["all", "accuracy", "phenomena", "claims"] = "all",
 ) -> None:
-    """Measure a shipped model and write its README.md, ``accuracy.json`` and ``claims.json``.
+    """Measure a shipped model and write its README.md, and the numbers of each part beside it.
 
     Args:
         model: Name of a shipped model.
@@ -131,14 +132,25 @@ def write_card(
         raise ModelError(f"expected the name of a shipped model, got {model!r}")
     loaded = load_model(model)
     torch.set_num_threads(1)  # a small model: more threads only wait for each other
-    if parts != "claims":
-        rows = measure_accuracy(loaded, n_prompts=n_prompts)
-        lines = [json.dumps(row) for row in rows]
-        write_text(directory / "accuracy.json", "[\n " + ",\n ".join(lines) + "\n]\n")
-    if parts != "accuracy":
+    if parts in ("all", "accuracy"):
+        _write_rows(directory / "accuracy.json", measure_accuracy(loaded, n_prompts=n_prompts))
+    if parts in ("all", "phenomena"):
+        _write_rows(directory / "phenomena.json", measure_phenomena(loaded))
+    if parts in ("all", "claims"):
         check_claims(loaded, claim_tasks()).save(directory / "claims.json")
     rows = json.loads((directory / "accuracy.json").read_text("utf-8"))
     write_text(directory / "README.md", _card(model, directory, rows))
+
+
+def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    lines = [json.dumps(row) for row in rows]
+    write_text(path, "[\n " + ",\n ".join(lines) + "\n]\n")
+
+
+def _phenomena(directory: Path) -> list[str]:
+    """Write the section of the phenomena, where they were measured."""
+    path = directory / "phenomena.json"
+    return phenomena_section(json.loads(path.read_text("utf-8"))) if path.exists() else []
 
 
 def _claims(name: str, directory: Path) -> list[str]:
@@ -205,8 +217,9 @@ def _card(name: str, directory: Path, rows: Sequence[dict[str, Any]]) -> str:
         *(f"| {r['step']} | " + " | ".join(f"{r[k]:.2f}" for k in kinds) + " |" for r in steps),
     ]
     phases = [
-        f"{i}. {phase['steps']} steps of {phase['batch']} sequences of {phase['length']} tokens, "
-        f"{_dropped(recipe['drop'], phase['dropout'])}{_restricted(phase['n_words'])}: "
+        f"{i}. {'at most ' if phase.get('until') else ''}{phase['steps']} steps of "
+        f"{phase['batch']} sequences of {phase['length']} tokens, "
+        f"{_dropped(recipe['drop'], phase['dropout'])}{_restricted(phase)}: "
         + ", ".join(f"{family} {weight:g}" for family, weight in phase["mix"].items())
         for i, phase in enumerate(recipe["phases"], 1)
     ]
@@ -251,6 +264,7 @@ def _card(name: str, directory: Path, rows: Sequence[dict[str, Any]]) -> str:
             "the same inputs and the same answers, so only the pair tells (France-Paris is the "
             "capital, France-Madrid the neighbour's capital).",
             "",
+            *_phenomena(directory),
             *_claims(name, directory),
             "## Training",
             "",
@@ -269,8 +283,14 @@ def _card(name: str, directory: Path, rows: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def _restricted(n_words: int | None) -> str:
-    return f", label words up to {n_words} at its end" if n_words else ""
+def _restricted(phase: dict[str, Any]) -> str:
+    text = f", {phase['n_words']} label words" if phase["n_words"] else ""
+    if phase.get("until"):  # models from before there was such a phase do not name it
+        text += (
+            f" (growing to them from those before) until {phase['until']:g} of look-ups of what "
+            "was shown are right"
+        )
+    return text
 
 
 def _made(directory: Path, about: dict[str, Any]) -> str:
@@ -280,6 +300,7 @@ def _made(directory: Path, about: dict[str, Any]) -> str:
     return (
         f"`python -m tv_interp.models.reference.train --preset {about['preset']} --seed "
         f"{about['seed']} --out DIR` took {took['minutes']:g} minutes on {took['machine']}"
+        + (f" ({took['note']})" if "note" in took else "")
     )
 
 

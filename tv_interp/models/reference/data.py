@@ -23,12 +23,23 @@ Maker = Callable[[np.random.Generator, int], list[Item]]
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded token ids, and where to predict what."""
+    """Right-padded token ids, and where to predict what.
+
+    Attributes:
+        tokens: Token ids ``[sequence, position]``.
+        row: Sequence of each answer.
+        position: Where it is predicted.
+        target: Its token id.
+        shown: Whether it is that of a look-up whose input came before. Who answers these with the
+            last value of the sequence is right in .77 of ``recall`` sequences of 10 tokens, .59 of
+            16, .46 of 32.
+    """
 
     tokens: np.ndarray
     row: np.ndarray
     position: np.ndarray
     target: np.ndarray
+    shown: np.ndarray
 
 
 class Sequences:
@@ -80,9 +91,10 @@ class Sequences:
         weights = np.array([mix.get(f, 0.0) for f in self.families])
         drawn = rng.choice(len(self.families), size=size, p=weights / weights.sum())
         tokens = np.full((size, self.length), self.ids[PAD])
-        row, position, target = [], [], []
+        row, position, target, shown = [], [], [], []
         for i, family in enumerate(drawn):
             line = [self.ids[BOS]]
+            before: set[int] = set()
             for x, y in self.items(rng, self.families[family], n_words):
                 if len(line) + len(x) + 2 + len(self.end) > self.length:
                     break
@@ -90,26 +102,27 @@ class Sequences:
                 row.append(i)
                 position.append(len(line) - 1)
                 target.append(y)
+                shown.append(x[0] in before)
+                if self.families[family] in ("lookup", "recall"):
+                    before.add(x[0])
                 line += [y, *self.end]
             tokens[i, : len(line)] = line
-        return Batch(tokens, np.array(row), np.array(position), np.array(target))
+        return Batch(tokens, *map(np.array, (row, position, target, shown)))
 
     def items(
         self, rng: np.random.Generator, family: str, n_words: int | None = None
     ) -> list[Item]:
         """Draw the items of one sequence, at least as many as fit.
 
-        ``lookup`` draws among a few random pairs; ``recall`` shows each of them once and then asks.
+        ``lookup`` draws among random pairs, more in longer sequences; ``recall`` among two to four.
         """
         most = self.length // 3
         if family in self.categories:
             return self._categorize(rng, family, most, self.labels[:n_words])
-        if family == "lookup":
-            pairs = self._pairs(rng, int(rng.integers(2, 3 + most // 3)), n_words)
-            return [pairs[i] for i in rng.integers(len(pairs), size=most)]
-        if family == "recall":
-            pairs = self._pairs(rng, int(rng.integers(2, max(3, 2 + most // 2))), n_words)
-            return pairs + [pairs[i] for i in rng.integers(len(pairs), size=most)]
+        if family in ("lookup", "recall"):
+            n_keys = int(rng.integers(2, 5 if family == "recall" else 3 + most // 3))
+            pairs = self._pairs(rng, n_keys, n_words)
+            return [pairs[i] for i in rng.integers(n_keys, size=most)]
         if family == "bijection":
             pairs = self.bijections[rng.integers(len(self.bijections))]
             turned = rng.random(len(pairs)) < 0.5

@@ -43,8 +43,16 @@ BALANCED = {
     "typed": 0.08, "shared": 0.26, "bijection": 0.06, "lookup": 0.08,
     "simple-string": 0.14, "digit": 0.19, "2d-data": 0.19,
 }  # fmt: skip
+SHARED_FIRST = {
+    "typed": 0.06, "shared": 0.40, "bijection": 0.06, "lookup": 0.08,
+    "simple-string": 0.10, "digit": 0.15, "2d-data": 0.15,
+}  # fmt: skip
 PREVIOUS_TOKEN = {"0.0": 2, "0.1": 1, "0.2": 3, "1.0": 1}
 SNAPSHOTS = 12
+GROWTH = 1.008
+"""Factor by which label words grow in number at a step, where a phase lets them."""
+MEMORY = 0.95
+"""Weight of the past in the running share of right look-ups: about 20 steps."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +60,14 @@ class Phase:
     """A stretch of training: sequences of one length from one mix of families.
 
     Attributes:
-        steps: Number of steps.
+        steps: Number of steps; at most, if ``until`` is given.
         length: Tokens of a sequence.
         mix: Weight of each family.
         batch: Sequences of a step.
-        n_words: Label words that occur at the end of the phase, None for all; their number grows
-            geometrically from that of the phase before.
+        n_words: Label words that occur; None for all.
+        until: Share of look-ups that must be right before the next phase begins. If the one before
+            had fewer label words, they grow in number while the share is that high, and the phase
+            goes on until all its words have come. None: a phase of fixed length.
         dropout: Share of heads or token columns dropped from the middle of the phase on; until then
             it grows linearly from that of the phase before.
     """
@@ -67,7 +77,25 @@ class Phase:
     mix: dict[str, float]
     batch: int = 32
     n_words: int | None = None
+    until: float | None = None
     dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in its recipe a run is; with the seed and the step it decides the next batch.
+
+    Attributes:
+        phase: Index of the phase.
+        step: Steps taken in it.
+        n_words: Label words that occur; None for all. Not rounded, as it grows by a factor.
+        looked_up: Running share of right answers to inputs shown before (`Batch.shown`).
+    """
+
+    phase: int = 0
+    step: int = 0
+    n_words: float | None = None
+    looked_up: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -80,6 +108,8 @@ class Recipe:
             token ``"columns"`` after each block but the last (O_l in Proposition 5 of arXiv
             2506.09048), or ``"nothing"``.
         separator: Token after every answer; "" for none.
+        tokens: Which of the vocabulary the model knows: ``"all"``, or all but ``"no separator"``. A
+            row more or less in the embedding changes every draw that follows.
         prewired: Offset of each head, by ``"layer.head"``, that starts as a previous-token head.
         mean: Length of a direction that all embeddings share at the start.
         likeness: Correlation of keys with queries at the start, in every head.
@@ -94,6 +124,7 @@ class Recipe:
     phases: tuple[Phase, ...]
     drop: Literal["heads", "columns", "nothing"] = "heads"
     separator: str = ""
+    tokens: Literal["all", "no separator"] = "all"
     prewired: dict[str, int] = field(default_factory=dict)
     mean: float = 0.0
     likeness: float = 0.0
@@ -106,21 +137,61 @@ class Recipe:
 
     @property
     def steps(self) -> int:
-        """Count the steps of all phases."""
+        """Count the steps of all phases, at most."""
         return sum(phase.steps for phase in self.phases)
 
-    def at(self, step: int) -> tuple[Phase, float, int | None]:
-        """Look up the phase of a step, and the dropout and number of label words there."""
-        first, dropout, n_words = 0, 0.0, self.phases[0].n_words
-        for phase in self.phases:
-            if step < first + phase.steps:
-                done = (step - first) / phase.steps
-                dropout += min(1.0, 2 * done) * (phase.dropout - dropout)
-                if n_words and phase.n_words:
-                    n_words = round(n_words * (phase.n_words / n_words) ** done)
-                return phase, dropout, n_words if phase.n_words else None
-            first, dropout, n_words = first + phase.steps, phase.dropout, phase.n_words
-        raise AssertionError(f"step {step} of {first}")
+    @property
+    def known(self) -> int:
+        """Count the tokens that the model knows."""
+        return len(words()) - (self.tokens == "no separator")
+
+    def left(self, place: Place) -> int:
+        """Count the steps that may still come."""
+        return sum(phase.steps for phase in self.phases[place.phase :]) - place.step
+
+    def start(self) -> Place:
+        """Begin at the first phase."""
+        return Place(n_words=self.phases[0].n_words)
+
+    def dropout(self, place: Place) -> float:
+        """Look up what share is dropped."""
+        phase = self.phases[place.phase]
+        before = self.phases[place.phase - 1].dropout if place.phase else 0.0
+        return before + min(1.0, 2 * place.step / phase.steps) * (phase.dropout - before)
+
+    def after(self, place: Place, shown: Tensor) -> Place:
+        """Take one step.
+
+        Args:
+            place: Where the run is.
+            shown: Whether each look-up of the batch was answered right.
+
+        Returns:
+            Where it is next; past the last phase when the run is done.
+
+        Raises:
+            TvInterpError: if look-up is not learned within the steps of a phase that waits for it.
+        """
+        phase, n_words, share = self.phases[place.phase], place.n_words, place.looked_up
+        if len(shown):
+            share = MEMORY * share + (1 - MEMORY) * shown.double().mean().item()
+        ready = phase.until is None or share >= phase.until
+        if ready and n_words and phase.n_words:
+            n_words = min(phase.n_words, n_words * GROWTH)
+            ready = n_words == phase.n_words
+        if phase.until is None:
+            ready = place.step + 1 == phase.steps
+        elif not ready and place.step + 1 == phase.steps:
+            raise TvInterpError(
+                f"the look-up plateau did not break: {share:.2f} right where phase "
+                f"{place.phase + 1} waits for {phase.until:g} with {phase.n_words or 'all'} label "
+                f"words, after {phase.steps} steps; try another seed"
+            )
+        if not ready:
+            return Place(place.phase, place.step + 1, n_words, share)
+        for following in self.phases[place.phase + 1 : place.phase + 2]:
+            n_words = n_words if following.until else following.n_words
+        return Place(place.phase + 1, 0, n_words, share)
 
 
 def _presets() -> dict[str, Recipe]:
@@ -135,18 +206,19 @@ def _presets() -> dict[str, Recipe]:
     natural = Recipe(
         phases=(
             Phase(400, 10, FEW_KEYS, batch=96, n_words=12),
-            Phase(300, 16, FEW_KEYS, batch=64, n_words=12),
-            Phase(100, 32, FEW_KEYS, n_words=12),
-            Phase(1_000, 32, FEW_KEYS, n_words=195),
-            Phase(1_200, 32, FEW_KEYS),
-            Phase(1_300, 64, BALANCED, batch=24, dropout=0.1),
+            Phase(700, 16, FEW_KEYS, batch=64, n_words=12, until=0.78),
+            Phase(1_500, 32, FEW_KEYS, n_words=195, until=0.72),
+            Phase(2_200, 64, SHARED_FIRST, batch=24, dropout=0.15),
+            Phase(200, 96, SHARED_FIRST, batch=16, dropout=0.15),
         ),
+        tokens="no separator",
         decay_from=0.85,
         mean=0.3,
         likeness=0.5,
     )
     short = (
-        Phase(20, 32, LOOK_UP_FIRST, batch=8, n_words=12),
+        Phase(10, 32, LOOK_UP_FIRST, batch=8, n_words=12),
+        Phase(100, 32, LOOK_UP_FIRST, batch=8, n_words=13, until=0.01),
         Phase(40, 48, BALANCED, batch=8, dropout=0.05),
     )
     return {
@@ -189,9 +261,8 @@ def train(
     recipe = PRESETS[preset]
     directory = make_directory(out)
     about = {"preset": preset, "seed": seed, "recipe": asdict(recipe), "torch": torch.__version__}
-    network = Network(Shape(vocab=len(words()), layers=recipe.layers, theta=recipe.theta), seed)
-    if recipe.mean or recipe.likeness:
-        network.lean(recipe.mean, recipe.likeness)
+    network = Network(Shape(vocab=recipe.known, layers=recipe.layers, theta=recipe.theta), seed)
+    network.lean(recipe.mean, recipe.likeness)
     if recipe.prewired:
         network.prewire(recipe.prewired)
     matrices = [p for n, p in network.named_parameters() if p.ndim == 2 and "embed" not in n]
@@ -200,7 +271,8 @@ def train(
         Muon(matrices, lr=recipe.muon_lr, weight_decay=recipe.muon_decay),
         torch.optim.AdamW(others, lr=recipe.adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
     ]
-    run = Run(directory, json.dumps(about, sort_keys=True), network, optimizers)
+    identity = json.dumps(about, sort_keys=True)
+    run = Run(directory, identity, network, optimizers, recipe.start())
     run.resume()
     started, before, first = time.monotonic(), run.seconds, run.step
     sequences = {p.length: Sequences(p.length, recipe.separator) for p in recipe.phases}
@@ -208,11 +280,12 @@ def train(
     snapshots = {
         max(1, round(recipe.steps * (i / SNAPSHOTS) ** 2)) for i in range(1, SNAPSHOTS + 1)
     }
-    while run.step < recipe.steps:
-        rate = _rate(run.step, recipe)
+    while run.place.phase < len(recipe.phases):
+        rate = _rate(run.step, recipe.left(run.place), recipe)
         for optimizer, lr in zip(optimizers, (recipe.muon_lr, recipe.adam_lr), strict=True):
             optimizer.param_groups[0]["lr"] = lr * rate
-        loss = _loss(forward, network, sequences, recipe, seed, run.step)
+        rng = np.random.default_rng([seed, run.step])
+        loss, shown = _loss(forward, network, sequences, recipe, rng, run.place)
         for optimizer in optimizers:
             optimizer.zero_grad()
         loss.backward()
@@ -220,11 +293,13 @@ def train(
         for optimizer in optimizers:
             optimizer.step()
         run.step += 1
-        if run.step in snapshots:
+        run.place = recipe.after(run.place, shown)
+        done = run.place.phase == len(recipe.phases)
+        if run.step in snapshots or done:
             place = make_directory(directory / "over_training" / f"{run.step:06d}")
             save_as_llama(network, place, about, torch.bfloat16)
-            save_tokenizer(place, recipe.prewired, recipe.separator)
-        if run.step % checkpoint_every == 0 or run.step == recipe.steps:
+            save_tokenizer(place, recipe.prewired, recipe.separator, recipe.known)
+        if run.step % checkpoint_every == 0 or done:
             if not torch.isfinite(loss):
                 raise TvInterpError(
                     f"training diverged: loss {loss.item()} at step {run.step}; lower the "
@@ -237,9 +312,9 @@ def train(
             taken = time.monotonic() - started
             run.seconds = before + taken
             run.save()
-            _report(run.curve[-1], recipe.steps, taken / (run.step - first))
+            _report(run, recipe, taken / (run.step - first))
     save_as_llama(network, directory, about)
-    save_tokenizer(directory, recipe.prewired, recipe.separator)
+    save_tokenizer(directory, recipe.prewired, recipe.separator, recipe.known)
     run.finish()
     return measure(network, n_demos=8, n_prompts=100, seed=0, separator=recipe.separator)
 
@@ -252,6 +327,7 @@ class Run:
     identity: str
     network: Network
     optimizers: list[torch.optim.Optimizer]
+    place: Place
     step: int = 0
     seconds: float = 0.0
     curve: list[dict[str, float]] = field(default_factory=list)
@@ -282,6 +358,7 @@ class Run:
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.step, self.seconds = state["step"], state["seconds"]
+        self.place = Place(**state["place"])
         self.curve = json.loads(state["curve"])
 
     def save(self) -> None:
@@ -292,6 +369,7 @@ class Run:
             "network": self.network.state_dict(),
             "optimizers": [o.state_dict() for o in self.optimizers],
             "step": self.step,
+            "place": asdict(self.place),
             "seconds": self.seconds,
             "curve": json.dumps(self.curve),
         }
@@ -311,10 +389,10 @@ class Run:
         self.checkpoint.unlink(missing_ok=True)
 
 
-def _rate(step: int, recipe: Recipe) -> float:
+def _rate(step: int, left: int, recipe: Recipe) -> float:
     """Warm up over 150 steps, stay, then fall linearly to 2 %."""
     up = min(1.0, (step + 1) / 150)
-    down = (recipe.steps - step) / (recipe.steps * (1 - recipe.decay_from))
+    down = left / (recipe.steps * (1 - recipe.decay_from))
     return up * min(1.0, max(0.02, down))
 
 
@@ -323,11 +401,12 @@ def _loss(
     network: Network,
     sequences: dict[int, Sequences],
     recipe: Recipe,
-    seed: int,
-    step: int,
-) -> Tensor:
-    rng = np.random.default_rng([seed, step])
-    phase, p, n_words = recipe.at(step)
+    rng: np.random.Generator,
+    place: Place,
+) -> tuple[Tensor, Tensor]:
+    """Take the loss of a fresh batch, and whether each of its look-ups is right."""
+    phase, p = recipe.phases[place.phase], recipe.dropout(place)
+    n_words = round(place.n_words) if place.n_words else None
     batch = sequences[phase.length].batch(rng, phase.batch, phase.mix, n_words)
     heads, columns = network.nothing_dropped(*batch.tokens.shape)
     if recipe.drop == "heads":  # rescaled as dropout is
@@ -336,7 +415,9 @@ def _loss(
         columns = torch.from_numpy(rng.random(columns.shape) >= p).float()
     hidden = forward(torch.from_numpy(batch.tokens), heads, columns)
     logits = hidden[batch.row, batch.position] @ network.embed_tokens.weight.T
-    return torch.nn.functional.cross_entropy(logits, torch.from_numpy(batch.target))
+    target = torch.from_numpy(batch.target)
+    shown = (logits.argmax(-1) == target)[torch.from_numpy(batch.shown)]
+    return torch.nn.functional.cross_entropy(logits, target), shown
 
 
 @torch.no_grad()
@@ -376,9 +457,13 @@ def measure(
     return out
 
 
-def _report(row: dict[str, float], steps: int, pace: float) -> None:
-    numbers = " ".join(f"{k} {v:.2f}" for k, v in row.items() if k != "step")
-    print(f"{row['step']:>6}/{steps} {pace:.3f} s/step  {numbers}", flush=True)
+def _report(run: Run, recipe: Recipe, pace: float) -> None:
+    numbers = " ".join(f"{k} {v:.2f}" for k, v in run.curve[-1].items() if k != "step")
+    place = f"phase {run.place.phase + 1}, looked up {run.place.looked_up:.2f}"
+    if run.place.n_words:
+        place += f" of {run.place.n_words:.0f} words"
+    left = f"{run.step:>6}/{run.step + recipe.left(run.place)}"
+    print(f"{left} {pace:.3f} s/step  {place}  {numbers}", flush=True)
 
 
 if __name__ == "__main__":

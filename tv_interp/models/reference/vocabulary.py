@@ -41,12 +41,17 @@ def template(separator: str) -> str:
     return f"{{x}} {CONNECTIVE} {{y}} {separator} " if separator else f"{{x}} {CONNECTIVE} {{y}} "
 
 
-def make_tokenizer() -> Any:
-    """Build the tokenizer: one token a word, words split at white space, no automatic BOS text."""
+def make_tokenizer(known: int | None = None) -> Any:
+    """Build the tokenizer: one token a word, words split at white space, no automatic BOS text.
+
+    Args:
+        known: How many of `words` it knows; None for all.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    inner = Tokenizer(models.WordLevel(word_ids(), unk_token=UNK))
+    ids = {word: i for word, i in word_ids().items() if known is None or i < known}
+    inner = Tokenizer(models.WordLevel(ids, unk_token=UNK))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     inner.decoder = decoders.WordPiece(prefix="##")
     tokenizer = PreTrainedTokenizerFast(
@@ -57,7 +62,12 @@ def make_tokenizer() -> Any:
     return tokenizer
 
 
-def save_tokenizer(directory: Path, prewired: Mapping[str, int], separator: str = "") -> None:
+def save_tokenizer(
+    directory: Path,
+    prewired: Mapping[str, int],
+    separator: str = "",
+    known: int | None = None,
+) -> None:
     """Write tokenizer.json and a tokenizer_config.json that transformers 4 and 5 both load.
 
     Args:
@@ -65,13 +75,14 @@ def save_tokenizer(directory: Path, prewired: Mapping[str, int], separator: str 
         prewired: Offset of each head, by ``"layer.head"``, that training started as a
             previous-token head: it travels with the model, for whoever analyses it.
         separator: Token after every answer in training; "" for none.
+        known: As in `make_tokenizer`.
 
     Raises:
         FileError: if a file cannot be written.
     """
     from tokenizers.processors import TemplateProcessing
 
-    inner = make_tokenizer().backend_tokenizer
+    inner = make_tokenizer(known).backend_tokenizer
     inner.post_processor = TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, word_ids()[BOS])]
     )
