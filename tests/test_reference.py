@@ -282,7 +282,8 @@ def test_training_says_what_it_took(trained):
     curve = [json.loads(row) for row in (trained / "curve.jsonl").read_text().splitlines()]
     steps = [row["step"] for row in curve]
     assert steps[:-1] == [*range(10, steps[-1], 10)] and 60 <= steps[-1] < 150
-    assert curve[0]["loss"] > curve[-1]["loss"] and 0 <= curve[-1]["digit"] <= 1
+    losses = [row["loss"] for row in curve]  # of single batches, and later phases are harder
+    assert losses[0] > min(losses) + 0.1 and 0 <= curve[-1]["digit"] <= 1
 
 
 def test_presets_differ_in_one_thing():

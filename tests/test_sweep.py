@@ -365,10 +365,11 @@ def test_a_pool_survives_a_killed_worker(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_cell_that_kills_every_worker_is_named_and_the_rest_is_done(tmp_path):
-    load = DiesOnce(tmp_path / "died", seed=0)
-    swept = run_sweep(plan(3), tmp_path / "out", engine="pool", workers=1, retries=2, load=load)
-    assert [c.seed for c in swept.failed] == [0]
+@pytest.mark.parametrize("seed", [0, 2])
+def test_a_cell_that_kills_every_worker_is_named_and_the_rest_is_done(tmp_path, seed):
+    load = DiesOnce(tmp_path / "died", seed=seed)
+    swept = run_sweep(plan(3), tmp_path / "out", engine="pool", workers=2, retries=1, load=load)
+    assert [c.seed for c in swept.failed] == [seed]
     assert "its worker died" in next(iter(swept.failed.values()))
     assert swept.dataset().sizes["cell"] == 2
 

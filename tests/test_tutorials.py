@@ -14,6 +14,7 @@ def test_there_are_tutorials():
         "01_find_writers_and_readers",
         "02_local_and_global_vectors",
         "04_one_vector_one_demonstration",
+        "05_your_model_and_task",
     ]
 
 

@@ -29,25 +29,32 @@ def _inline(jobs: Sequence[Job], workers: int, options: dict) -> Iterator[tuple[
 
 def _pool(jobs: Sequence[Job], workers: int, options: dict) -> Iterator[tuple[Job, Ended]]:
     import multiprocessing
-    from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+    from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
     from concurrent.futures.process import BrokenProcessPool
 
     context = multiprocessing.get_context("spawn")  # a forked torch may hang
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        running = {pool.submit(run_job, job): job for job in jobs}
-        try:
-            while running:
-                ended, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
-                yield jobs[0], None
-                for future in ended:
-                    job = running.pop(future)
-                    try:
-                        yield job, future.result()
-                    except BrokenProcessPool as error:
-                        yield job, error
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    left, running = list(reversed(jobs)), dict[Future, Job]()
+    while left or running:
+        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+            broken = False
+            try:
+                while (left and not broken) or running:
+                    # a worker that dies takes the pool with it: only what runs may be lost
+                    while left and not broken and len(running) < workers:
+                        job = left.pop()
+                        running[pool.submit(run_job, job)] = job
+                    ended, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
+                    yield jobs[0], None
+                    for future in ended:
+                        job = running.pop(future)
+                        try:
+                            yield job, future.result()
+                        except BrokenProcessPool as error:
+                            broken = True
+                            yield job, error
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
 
 def _ray(jobs: Sequence[Job], workers: int, options: dict) -> Iterator[tuple[Job, Ended]]:

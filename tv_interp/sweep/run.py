@@ -138,16 +138,19 @@ def run_sweep(
     todo = [cell for cell in plan.cells if not cell_file(directory, cell).exists()]
     reused, failed, rounds = len(plan.cells) - len(todo), {}, 0
     run = RUNNERS[engine]
+    count = max(1, workers or (1 if engine == "inline" else min(4, os.cpu_count() or 1)))
     with tqdm(
         total=len(plan.cells), initial=reused, desc="sweep", unit="cell", disable=not progress
     ) as bar:
         while todo:
-            count = max(1, workers or (1 if engine == "inline" else min(4, os.cpu_count() or 1)))
-            # a worker that died took a cell with it: next time each cell is on its own
-            sizes = None if rounds == 0 else 1
+            # a worker that died took cells with it: next time each is a job of its own, and the
+            # last time none runs beside another, so that the one at fault is told
+            size = None if rounds == 0 else 1
+            if 0 < rounds == retries:
+                count = 1
             jobs = [
                 Job(cells, directory, own, loader, retries, backoff)
-                for cells in _shares(todo, count, sizes)
+                for cells in _shares(todo, count, size)
             ]
             died: dict[Cell, str] = {}
             try:
