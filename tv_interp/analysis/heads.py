@@ -314,16 +314,17 @@ def _source_changes(
         for part in parts
         for site in sites
     }
+    inputs = [what for what, of in (("q", {"q"}), ("k", {"k", "kv"})) if of & set(parts)]
     runs = zip(run.base.tapes(), run.donor.tapes(), strict=True)
     for (rows, tape), (_, other) in runs:
         for layer, demo in product(sorted({s.layer for s in sites}), range(shape[1])):
             here = [site for site in sites if site.layer == layer]
             heads = [site.at[1] for site in here]
-            look = _Look(run.base, tape, other, layer, positions[rows, demo])
-            a_q = look.with_queries() if "q" in parts else look.base
+            look = _Look(run.base, tape, other, layer, positions[rows, demo], inputs)
+            a_q = look.with_queries() if "q" in inputs else look.base
             for role, mask in masks.items():
                 m = mask[rows, demo, : tape.n_pos].to(adapter.device)
-                a_k = look.with_keys(m) if {"k", "kv"} & set(parts) else look.base
+                a_k = look.with_keys(m) if "k" in inputs else look.base
                 mixture = look.mixture(heads, m, a_q, a_k)
                 for part in parts:
                     for site, change in zip(here, mixture.change(part).unbind(1), strict=True):
@@ -339,16 +340,34 @@ class _Look:
         donor: Attention of the donor run.
     """
 
-    def __init__(self, run: Run, base: Tape, donor: Tape, layer: int, where: Tensor) -> None:
-        """Call the block at these tokens alone, or at all where it cannot be."""
+    def __init__(
+        self,
+        run: Run,
+        base: Tape,
+        donor: Tape,
+        layer: int,
+        where: Tensor,
+        inputs: Sequence[str] = ("q", "k"),
+    ) -> None:
+        """Call the block at these tokens alone, or at all where it cannot be.
+
+        Args:
+            run: The base run.
+            base: Some of its prompts.
+            donor: The same of the other run.
+            layer: Which block.
+            where: Position of the attending token, ``[row]``.
+            inputs: Which of q and k of the donor are wanted.
+        """
         self.adapter, self.layer, self.tapes = run.adapter, layer, (base, donor)
         tokens = where.unique() if run.replays.groups else torch.arange(base.n_pos)
         self.layout = Layout.frozen(tokens)
         self.slot = torch.searchsorted(tokens, where.contiguous()).to(self.adapter.device)
         self.v, self.v_donor = (self._values(tape) for tape in self.tapes)
-        both, seen = self._attend(self.tapes)
+        self.v = self.v.contiguous()  # each part mixes it
+        both, seen = self._attend(self.tapes, reads=inputs)
         self.base, self.donor = both.chunk(2)
-        self.theirs = {what: seen[what].chunk(2)[1] for what in ("q", "k")}
+        self.theirs = {what: seen[what].chunk(2)[1] for what in inputs}
         row = torch.arange(len(where), device=self.adapter.device)
         self._check_attention(base.z[layer][row, where.to(self.adapter.device)])
 
@@ -371,8 +390,8 @@ class _Look:
         rows = [a[:, heads] for a in (self.base, self.donor, a_q, a_k)]
         a, a_donor, a_q, a_k = rows
         v, v_donor = self.v, self.v_donor
-        if groups != list(range(v.shape[2])):
-            v, v_donor = v[:, :, groups], v_donor[:, :, groups]
+        if groups != list(range(v.shape[1])):
+            v, v_donor = v[:, groups], v_donor[:, groups]
         return _Mixture(mask[:, None], a, a_donor, a_q, a_k, v, v_donor)
 
     def _attend(
@@ -380,14 +399,14 @@ class _Look:
         tapes: Sequence[Tape],
         edits: Mapping[str, Edit] | None = None,
         front: tuple[Tensor, Tensor] | None = None,
+        reads: Sequence[str] = (),
     ) -> tuple[Float[Tensor, "row head src"], dict[str, Tensor]]:
         """Call the block on runs, one below the other, until it knows what it attends to.
 
         Returns:
-            Attention with each key at its position, and the block's q and k.
+            Attention with each key at its position, and what is read: the block's q, k or both.
         """
         seen: dict[str, Tensor] = {}
-        reads = {(w, self.layer): lambda a, w=w: seen.update({w: a}) for w in ("q", "k")}
         tokens = self.layout.tokens.to(self.adapter.device)
         if front is None and len(self.layout.front):
             front = self.adapter.keys_in_front(tapes, self.layer, self.layout)
@@ -398,26 +417,28 @@ class _Look:
             self.layout,
             front=front,
             edits={(w, self.layer): edit for w, edit in (edits or {}).items()},
-            reads=reads,
+            reads={(w, self.layer): lambda a, w=w: seen.update({w: a}) for w in reads},
             until="pattern",
         )
-        slot = self.slot.repeat(len(tapes))
-        out = pattern.new_zeros(*pattern.shape[:2], tapes[0].n_pos)
-        row = torch.arange(len(out), device=out.device)
-        out[..., self.layout.keys.to(out.device)] = pattern[row, :, slot]
+        slot, n_pos = self.slot.repeat(len(tapes)), tapes[0].n_pos
+        ours = pattern[torch.arange(len(pattern), device=pattern.device), :, slot]
+        if self.layout.is_plain and ours.shape[-1] == n_pos:
+            return ours, seen
+        out = pattern.new_zeros(*ours.shape[:2], n_pos)
+        out[..., self.layout.keys.to(out.device)] = ours
         return out, seen
 
-    def _values(self, tape: Tape) -> Float[Tensor, "row src kv_head d_head"]:
+    def _values(self, tape: Tape) -> Float[Tensor, "row kv_head src d_head"]:
         if tape.has_keys:
-            return self.adapter.recorded_values(tape, self.layer)
+            return self.adapter.recorded_values(tape, self.layer).transpose(1, 2)
         name = ("v", self.layer)
-        return self.adapter.read_block(tape, self.layer, [name])[name]
+        return self.adapter.read_block(tape, self.layer, [name])[name].transpose(1, 2)
 
     def _check_attention(self, z: Float[Tensor, "row head d_head"]) -> None:
         """Check that a head's recorded output is its attention pattern times its values."""
         adapter, v = self.adapter, self.v
         if adapter.n_kv_heads < adapter.n_heads:
-            v = v.repeat_interleave(adapter.n_heads // adapter.n_kv_heads, 2)
+            v = v.repeat_interleave(adapter.n_heads // adapter.n_kv_heads, 1)
         ours = _mix(self.base, v)
         error = (ours - z).abs().max() / (1 + z.abs().max())
         if error > (0.05 if z.dtype in (torch.bfloat16, torch.float16) else 1e-4):
@@ -436,7 +457,7 @@ class _Mixture(NamedTuple):
         a_donor: Attention of the donor run.
         a_q: Attention with the donor's queries and the base's keys.
         a_k: Attention with the base's queries, and the donor's keys at the role.
-        v: ``[row, src, head, d_head]`` values of the base run.
+        v: ``[row, head, src, d_head]`` values of the base run.
         v_donor: Values of the donor run.
     """
 
@@ -471,9 +492,9 @@ class _Mixture(NamedTuple):
 
 
 def _mix(
-    weights: Float[Tensor, "row head src"], values: Float[Tensor, "row src head d_head"]
+    weights: Float[Tensor, "row head src"], values: Float[Tensor, "row head src d_head"]
 ) -> Float[Tensor, "row head d_head"]:
-    return torch.einsum("bhs,bshe->bhe", weights, values)
+    return (weights[:, :, None] @ values)[:, :, 0]
 
 
 def knock_out(
