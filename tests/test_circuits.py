@@ -259,3 +259,30 @@ def test_what_circuits_cannot_do_is_refused(a_case, tmp_path):
         tv.Circuit.load(tmp_path / "none.json")
     with pytest.raises(tv.TvInterpError, match="circuits of different graphs cannot be combined"):
         circuit | each
+
+
+def test_a_circuit_is_drawn_with_its_largest_edges_signs_and_roles():
+    model, contrast = tiny_model("gpt2", KIND), a_contrast("gpt2", KIND, "plain")
+    circuit = tv.discover_circuit(model, contrast, method="eap", n_edges=200)
+    figure = circuit.plot(top=10)
+    lines = [trace for trace in figure.data if trace.mode == "lines"]
+    table = circuit.to_pandas()
+    largest = table.reindex(table.weight.abs().sort_values(ascending=False).index).head(10)
+    assert len(lines) == 10
+    drawn = {line.text[0].split("<br>")[0]: line for line in lines}
+    assert set(drawn) == set(largest.edge)
+    for row in largest.to_dict("records"):
+        line = drawn[row["edge"]]
+        assert line.line.color == ("#0072B2" if row["weight"] > 0 else "#D55E00")
+        assert f"{row['weight']:+.3g}" in line.text[0]
+    widths = [line.line.width for line in lines]
+    assert widths == sorted(widths) and widths[-1] == 7  # the largest is drawn last
+    nodes = [name for trace in figure.data if trace.mode != "lines" for name in trace.hovertext]
+    assert set(nodes) == {*largest.sender, *largest.receiver}
+    assert list(figure.layout.xaxis.ticktext) == [
+        place for place in circuit.graph.places if place in {*largest.src, *largest.dest}
+    ]
+    assert f"10 largest of {len(circuit)} edges" in figure.layout.title.text
+    assert len(circuit.plot(top=None).data) > len(figure.data)
+    with pytest.raises(tv.TvInterpError, match="expected top of 1 or more, got 0"):
+        circuit.plot(top=0)

@@ -29,6 +29,7 @@ STAIRCASE = (
 EXCEPTIONS = {
     # result objects import how they are drawn when that is asked for
     ("scores.scores", "show"),
+    ("analysis.circuits", "show"),
 }
 
 

@@ -13,6 +13,7 @@ def test_there_are_tutorials():
     assert [path.stem for path in TUTORIALS] == [
         "01_find_writers_and_readers",
         "02_local_and_global_vectors",
+        "03_from_saliency_to_circuit",
         "04_one_vector_one_demonstration",
         "05_your_model_and_task",
     ]

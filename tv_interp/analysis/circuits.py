@@ -26,6 +26,7 @@ from .graph import END, Demos, RoleGraph, node_of, split_edge
 if TYPE_CHECKING:
     import networkx
     import pandas as pd
+    import plotly.graph_objects as go
 
 FORMAT = "tv_interp.Circuit 1"
 
@@ -213,6 +214,12 @@ class Circuit:
         for row in self.to_pandas().to_dict("records"):
             out.add_edge(row["sender"], row["receiver"], key=row["via"], weight=row["weight"])
         return out
+
+    def plot(self, **options: Any) -> go.Figure:
+        """Draw it; see `plot_circuit`."""
+        from ..show.circuit import plot_circuit
+
+        return plot_circuit(self, **options)
 
     def __repr__(self) -> str:
         """Size, and what it was found in."""

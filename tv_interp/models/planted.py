@@ -389,6 +389,7 @@ def make_model(
 
             native = TransformerBridgeConfig(**config, architecture="TransformerLensNative")
             model = TransformerBridge.boot_native(native, tokenizer=_tokenizer(), dtype=dtype)
+            model.cfg.model_name = config["model_name"]  # TransformerLens 4 names it "native"
             inner, state = model.original_model, _as_native(state)
     unused = set(state) - {"head.bias"}  # some versions have no bias there; ours is 0
     with torch.no_grad():
