@@ -294,6 +294,13 @@ def test_presets_differ_in_one_thing():
     }
     assert differs["base-nodropout"] == differs["base-tokendropout"] == ["drop"]
     assert differs["base-separator"] == ["separator"]
+    arm = asdict(PRESETS["arm-heads"])
+    for name, fields in (
+        ("arm-columns", ["drop"]),
+        ("arm-nothing", ["drop"]),
+        ("arm-separator", ["separator", "tokens"]),
+    ):
+        assert [k for k, v in asdict(PRESETS[name]).items() if v != arm[k]] == fields
 
 
 def test_dropout_drops_what_its_preset_says():

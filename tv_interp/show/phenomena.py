@@ -49,6 +49,7 @@ def measure_phenomena(
     n_demos: int = 8,
     n_prompts: int = 200,
     seed: int = 0,
+    ablated: Sequence[str] = ABLATED,
 ) -> list[dict[str, Any]]:
     """Put vectors into prompts layer by layer, and take answers away.
 
@@ -58,6 +59,7 @@ def measure_phenomena(
         n_demos: Demonstrations.
         n_prompts: Prompts of each half, dev and test.
         seed: Decides prompts, halves and donors.
+        ablated: Names of those of the tasks whose answers are taken away.
 
     Returns:
         One row a task and kind (see `KINDS`): metric (``choice`` for categorization, ``accuracy``
@@ -75,7 +77,7 @@ def measure_phenomena(
         sides = [_Side(model, half, seed) for half in halves]
         for kind in KINDS:
             rows.append({"kind": kind} | about | _at_best(model, sides, kind, metric, seed))
-        if task.name in ABLATED:
+        if task.name in ablated:
             scores = ablate_demos(model, halves[1], how=["knockout"], metric=metric, seed=seed)
             table = scores.ci(seed=seed).isel(part=0).clip(0, 1)
             values = {name: _rounded(table[name]) for name in ("value", "lo", "hi")}

@@ -47,6 +47,7 @@ SHARED_FIRST = {
     "typed": 0.06, "shared": 0.40, "bijection": 0.06, "lookup": 0.08,
     "simple-string": 0.10, "digit": 0.15, "2d-data": 0.15,
 }  # fmt: skip
+KNOWLEDGE = {"typed": 0.35, "shared": 0.50, "bijection": 0.15}
 PREVIOUS_TOKEN = {"0.0": 2, "0.1": 1, "0.2": 3, "1.0": 1}
 SNAPSHOTS = 12
 GROWTH = 1.008
@@ -216,6 +217,14 @@ def _presets() -> dict[str, Recipe]:
         mean=0.3,
         likeness=0.5,
     )
+    arm = Recipe(
+        phases=(Phase(1_000, 48, KNOWLEDGE, dropout=0.15),),
+        tokens="no separator",
+        mean=0.3,
+        likeness=0.5,
+        muon_lr=0.01,
+        adam_lr=3e-3,
+    )
     short = (
         Phase(10, 32, LOOK_UP_FIRST, batch=8, n_words=12),
         Phase(100, 32, LOOK_UP_FIRST, batch=8, n_words=13, until=0.01),
@@ -227,6 +236,10 @@ def _presets() -> dict[str, Recipe]:
         "base-nodropout": replace(base, drop="nothing"),
         "base-separator": replace(base, separator=SEPARATOR),
         "natural": natural,
+        "arm-heads": arm,
+        "arm-columns": replace(arm, drop="columns"),
+        "arm-nothing": replace(arm, drop="nothing"),
+        "arm-separator": replace(arm, separator=SEPARATOR, tokens="all"),
         "tiny": Recipe(phases=short, layers=2),
     }
 
