@@ -73,8 +73,14 @@ def test_finished_runs_are_measured_from_their_directories(tmp_path, capsys):
     with pytest.raises(tv.TvInterpError, match="expected directories of finished runs in"):
         measure_arms(str(tmp_path))
     shutil.copytree(WEIGHTS / "reference-natural", tmp_path / "a")
+    with pytest.raises(tv.TvInterpError, match="finished runs in .* --preset arm-heads --seed 0"):
+        measure_arms(str(tmp_path))  # another preset's run
+    config = tmp_path / "a" / "config.json"
+    about = json.loads(config.read_text())
+    about["tv_interp"] |= {"preset": "arm-heads", "seed": 7}
+    config.write_text(json.dumps(about))
     measure_arms(str(tmp_path), out=str(tmp_path / "arms.json"), n_prompts=8, tasks=TASKS)
     rows = json.loads((tmp_path / "arms.json").read_text())
-    assert {(r["arm"], r["seed"]) for r in rows} == {("natural", 0)}
+    assert {(r["arm"], r["seed"]) for r in rows} == {("arm-heads", 7)}
     assert [r["kind"] for r in rows] == [*KINDS, WITHOUT] * 2
-    assert capsys.readouterr().out == "natural seed 0\n"
+    assert capsys.readouterr().out == "arm-heads seed 7\n"

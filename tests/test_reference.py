@@ -21,6 +21,7 @@ from tv_interp.models.reference.data import Sequences
 from tv_interp.models.reference.network import Block, Network, Shape, _half
 from tv_interp.models.reference.train import PRESETS, Phase, Place, Recipe, _loss, train
 from tv_interp.models.reference.vocabulary import SEPARATOR, word_ids, words
+from tv_interp.prompts.tasks.knowledge import SHARED, relations
 from tv_interp.prompts.tasks.words import (
     held_out_label_words,
     label_words,
@@ -411,3 +412,20 @@ def test_damaged_weights_and_foreign_tokenizers_are_refused(tmp_path, trained):
     (damaged / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(tv.TvInterpError, match="the two belong to different models"):
         tv.load_model(str(damaged))
+
+
+def test_familiar_relations_occur_as_often_as_their_weights_say():
+    recipe = PRESETS["familiarity"]
+    weights = recipe.familiarity(seed=3)
+    assert weights is not None and weights == recipe.familiarity(seed=3) != recipe.familiarity(4)
+    typed = sorted(w for name, w in weights.items() if name not in SHARED)
+    assert typed[0] == pytest.approx(recipe.rarest) and typed[-1] == 1
+    np.testing.assert_allclose(np.diff(np.log(typed)), np.log(recipe.rarest) / -13)
+    drawn = Sequences(8, familiarity=weights)
+    rng, ids = np.random.default_rng(0), word_ids()
+    starts = [drawn.items(rng, "typed")[0] for _ in range(3000)]
+    for name in ("country-currency", "verb-gerund"):
+        pairs = {(ids[x], ids[y]) for x, y in relations()[name].items()}
+        share = np.mean([(x[0], y) in pairs for x, y in starts])
+        assert share == pytest.approx(weights[name] / sum(typed), abs=0.02)
+    assert PRESETS["arm-heads"].familiarity(3) is None

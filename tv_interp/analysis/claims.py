@@ -208,11 +208,7 @@ class _Asked:
     def convergence(self, model: Any, task: Task, settings: dict[str, Any]) -> Claim:
         """Ask whether one local vector does the work of all, late but while they still work."""
         found = measure_convergence(model, task, **settings)
-        means = found.scores.mean()
-        rise = (means.sel(site="all") - means.sel(site="none")).values
-        half = min(rise.max(), rise.max() / 2)  # where none rises there still is a best layer
-        layer = int(np.flatnonzero(rise >= half)[-1])
-        at = found.effect_ratio().sel(layer=layer)
+        at = found.effect_ratio().sel(layer=found.last_working_layer)
         value, lo, hi = (float(at[name]) for name in ("value", "lo", "hi"))
         verdict = verdict_of(lo, hi, SAME)
         reason = "" if np.isfinite(value) else "no effect"

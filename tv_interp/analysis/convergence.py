@@ -100,6 +100,14 @@ class Convergence:
         """Divide a site's rise over ``none`` by that of ``all``, by layer; see `share_of`."""
         return share_of(self.scores, site, "all", base="none")
 
+    @property
+    def last_working_layer(self) -> int:
+        """The last layer where all local vectors keep half of their largest effect."""
+        means = self.scores.mean()
+        rise = (means.sel(site="all") - means.sel(site="none")).values
+        half = min(rise.max(), rise.max() / 2)  # where none rises there still is a best layer
+        return int(np.flatnonzero(rise >= half)[-1])
+
     def __str__(self) -> str:
         """A table at 80 columns, one line a layer."""
         s = self.settings

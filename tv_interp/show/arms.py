@@ -53,24 +53,49 @@ def measure_arms(
     Raises:
         FileError: if there is no finished run, or ``out`` cannot be written.
     """
-    finished = sorted(path.parent for path in Path(runs).glob("*/training.json"))
-    if not finished:
-        raise FileError(
-            f"expected directories of finished runs in {runs!r}, found none: make one with "
-            "python -m tv_interp.models.reference.train --preset arm-heads --seed 0 "
-            f"--out {Path(runs) / 'arm-heads-0'}"
-        )
-    torch.set_num_threads(1)  # a small model: more threads only wait for each other
     rows = []
-    for directory in finished:
-        about = json.loads((directory / "config.json").read_text("utf-8"))["tv_interp"]
+    for directory, about in finished_runs(runs, "arm-heads"):
         print(f"{about['preset']} seed {about['seed']}", flush=True)
         found = measure_phenomena(
             load_model(directory), tasks, n_prompts=n_prompts, ablated=tasks, seed=0
         )
         rows += [{"arm": about["preset"], "seed": about["seed"]} | row for row in found]
+    write_rows(out, rows)
+
+
+def finished_runs(runs: str, preset: str) -> list[tuple[Path, dict[str, Any]]]:
+    """List the finished runs of a preset below a directory, with what decided their weights.
+
+    Args:
+        runs: Directory of directories that ``train`` wrote.
+        preset: Name of a preset, or what such names begin with up to ``-``.
+
+    Raises:
+        FileError: if there is none.
+    """
+    found = []
+    for path in sorted(Path(runs).glob("*/training.json")):
+        about = json.loads((path.parent / "config.json").read_text("utf-8"))["tv_interp"]
+        if about["preset"].partition("-")[0] == preset.partition("-")[0]:
+            found.append((path.parent, about))
+    if not found:
+        raise FileError(
+            f"expected directories of finished runs in {runs!r}, found none: make one with "
+            f"python -m tv_interp.models.reference.train --preset {preset} --seed 0 "
+            f"--out {Path(runs) / preset}-0"
+        )
+    torch.set_num_threads(1)  # small models: more threads only wait for each other
+    return found
+
+
+def write_rows(path: str | Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write rows as JSON, one a line.
+
+    Raises:
+        FileError: if the file cannot be written.
+    """
     lines = [json.dumps(row) for row in rows]
-    write_text(Path(out), "[\n " + ",\n ".join(lines) + "\n]\n")
+    write_text(Path(path), "[\n " + ",\n ".join(lines) + "\n]\n")
 
 
 def compare_arms(rows: Sequence[dict[str, Any]], *, baseline: str = BASELINE) -> pd.DataFrame:

@@ -6,7 +6,7 @@ asked of the model: no loss or mask writes a mechanism in.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,12 +49,15 @@ class Sequences:
         "typed", "shared", "bijection", "lookup", "simple-string", "digit", "2d-data", "recall",
     )  # fmt: skip
 
-    def __init__(self, length: int, separator: str = "") -> None:
+    def __init__(
+        self, length: int, separator: str = "", familiarity: Mapping[str, float] | None = None
+    ) -> None:
         """Turn all words into ids once.
 
         Args:
             length: Tokens of a sequence.
             separator: Token after every answer; "" for none.
+            familiarity: Weight of every relation among those of its family; None for equal ones.
         """
         self.length = length
         self.ids = word_ids()
@@ -65,6 +68,12 @@ class Sequences:
         }
         self.typed = [items for name, items in known.items() if name not in SHARED]
         self.shared = [items for name, items in known.items() if name in SHARED]
+        self.odds: dict[str, np.ndarray] = {}
+        if familiarity is not None:
+            for family in ("typed", "shared"):
+                names = [name for name in known if (name in SHARED) == (family == "shared")]
+                weights = np.array([familiarity[name] for name in names])
+                self.odds[family] = weights / weights.sum()
         self.bijections = [known[name] for name in BIJECTIVE]
         self.labels = [self.ids[w] for w in label_words()]
         self.keys = self.labels + [self.ids[w] for w in held_out_label_words()]
@@ -129,7 +138,9 @@ class Sequences:
             pairs = [([y], x[0]) if t else (x, y) for (x, y), t in zip(pairs, turned, strict=True)]
         else:
             pool = self.typed if family == "typed" else self.shared
-            pairs = pool[rng.integers(len(pool))]
+            odds = self.odds.get(family)
+            drawn = rng.integers(len(pool)) if odds is None else rng.choice(len(pool), p=odds)
+            pairs = pool[drawn]
         order = np.concatenate([rng.permutation(len(pairs)) for _ in range(-(-most // len(pairs)))])
         return [pairs[i] for i in order[:most]]
 

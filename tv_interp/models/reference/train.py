@@ -119,6 +119,8 @@ class Recipe:
         muon_lr: Learning rate of matrices.
         muon_decay: Weight decay of matrices.
         adam_lr: Learning rate of embeddings and norms.
+        rarest: How often the rarest relation of a family occurs, over the most frequent one; the
+            others lie between, at equal ratios. The seed decides which is where.
         decay_from: Share of all steps after which the learning rates fall, linearly to 2 %.
     """
 
@@ -134,6 +136,7 @@ class Recipe:
     muon_lr: float = 0.003
     muon_decay: float = 0.1
     adam_lr: float = 1.5e-3
+    rarest: float = 1.0
     decay_from: float = 0.65
 
     @property
@@ -145,6 +148,17 @@ class Recipe:
     def known(self) -> int:
         """Count the tokens that the model knows."""
         return len(words()) - (self.tokens == "no separator")
+
+    def familiarity(self, seed: int) -> dict[str, float] | None:
+        """Draw how often each relation occurs among those of its family; None: all alike."""
+        if self.rarest == 1:
+            return None
+        rng, weights = np.random.default_rng(seed), {}
+        for shared in (False, True):
+            names = [name for name in relations() if (name in SHARED) == shared]
+            ranks = rng.permutation(len(names)) / (len(names) - 1)
+            weights |= dict(zip(names, (self.rarest**ranks).tolist(), strict=True))
+        return weights
 
     def left(self, place: Place) -> int:
         """Count the steps that may still come."""
@@ -239,6 +253,7 @@ def _presets() -> dict[str, Recipe]:
         "arm-heads": arm,
         "arm-columns": replace(arm, drop="columns"),
         "arm-nothing": replace(arm, drop="nothing"),
+        "familiarity": replace(arm, rarest=0.02),
         "arm-separator": replace(arm, separator=SEPARATOR, tokens="all"),
         "tiny": Recipe(phases=short, layers=2),
     }
@@ -274,6 +289,9 @@ def train(
     recipe = PRESETS[preset]
     directory = make_directory(out)
     about = {"preset": preset, "seed": seed, "recipe": asdict(recipe), "torch": torch.__version__}
+    familiarity = recipe.familiarity(seed)
+    if familiarity:
+        about["familiarity"] = familiarity
     network = Network(Shape(vocab=recipe.known, layers=recipe.layers, theta=recipe.theta), seed)
     network.lean(recipe.mean, recipe.likeness)
     if recipe.prewired:
@@ -288,7 +306,9 @@ def train(
     run = Run(directory, identity, network, optimizers, recipe.start())
     run.resume()
     started, before, first = time.monotonic(), run.seconds, run.step
-    sequences = {p.length: Sequences(p.length, recipe.separator) for p in recipe.phases}
+    sequences = {
+        p.length: Sequences(p.length, recipe.separator, familiarity) for p in recipe.phases
+    }
     forward = torch.compile(network, dynamic=False) if recipe.steps > 500 else network
     snapshots = {
         max(1, round(recipe.steps * (i / SNAPSHOTS) ** 2)) for i in range(1, SNAPSHOTS + 1)
