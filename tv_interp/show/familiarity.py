@@ -103,15 +103,19 @@ def explain_convergence(rows: Sequence[dict[str, Any]], *, seed: int = 0) -> pd.
 
 def _slopes(groups: Sequence[pd.DataFrame]) -> list[float]:
     """Fit the slopes of the three factors over groups of rows, one a relation."""
-    table = pd.concat(groups, keys=range(len(groups)), names=["group"]).reset_index("group")
-    value, log = table.convergence.to_numpy(), np.log10(table.weight.to_numpy())
-    seeds = pd.get_dummies(table.seed, drop_first=True).to_numpy(float)
-    each = pd.get_dummies(table.group).to_numpy(float)
-    within = np.linalg.lstsq(np.column_stack([log, seeds, each]), value, rcond=None)[0][0]
-    mean = table.groupby("group")[["convergence", "answers", "shared"]].mean()
-    ones = np.ones(len(mean))
-    design = np.column_stack([ones, np.log2(mean.answers), mean.shared.astype(float)])
-    between = np.linalg.lstsq(design, mean.convergence.to_numpy(), rcond=None)[0]
+    value, weight, seeds = (
+        np.concatenate([group[name].to_numpy() for group in groups])
+        for name in ("convergence", "weight", "seed")
+    )
+    which = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
+    levels = [*np.eye(len(groups))[which].T, *(seeds == s for s in np.unique(seeds)[1:])]
+    within = np.linalg.lstsq(np.column_stack([np.log10(weight), *levels]), value, rcond=None)[0][0]
+    answers, shared, mean = (
+        np.array([float(group[name].to_numpy().mean()) for group in groups])
+        for name in ("answers", "shared", "convergence")
+    )
+    design = np.column_stack([np.ones(len(groups)), np.log2(answers), shared])
+    between = np.linalg.lstsq(design, mean, rcond=None)[0]
     return [float(within), float(between[1]), float(between[2])]
 
 

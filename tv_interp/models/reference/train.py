@@ -48,6 +48,10 @@ SHARED_FIRST = {
     "simple-string": 0.10, "digit": 0.15, "2d-data": 0.15,
 }  # fmt: skip
 KNOWLEDGE = {"typed": 0.35, "shared": 0.50, "bijection": 0.15}
+TYPED_TOO = {
+    "typed": 0.18, "shared": 0.32, "bijection": 0.06, "lookup": 0.08,
+    "simple-string": 0.10, "digit": 0.13, "2d-data": 0.13,
+}  # fmt: skip
 PREVIOUS_TOKEN = {"0.0": 2, "0.1": 1, "0.2": 3, "1.0": 1}
 SNAPSHOTS = 12
 GROWTH = 1.008
@@ -231,6 +235,10 @@ def _presets() -> dict[str, Recipe]:
         mean=0.3,
         likeness=0.5,
     )
+    longer = (
+        Phase(5_000, 64, TYPED_TOO, batch=24, dropout=0.15),
+        Phase(200, 96, TYPED_TOO, batch=16, dropout=0.15),
+    )
     arm = Recipe(
         phases=(Phase(1_000, 48, KNOWLEDGE, dropout=0.15),),
         tokens="no separator",
@@ -250,6 +258,7 @@ def _presets() -> dict[str, Recipe]:
         "base-nodropout": replace(base, drop="nothing"),
         "base-separator": replace(base, separator=SEPARATOR),
         "natural": natural,
+        "natural-long": replace(natural, phases=(*natural.phases[:3], *longer)),
         "arm-heads": arm,
         "arm-columns": replace(arm, drop="columns"),
         "arm-nothing": replace(arm, drop="nothing"),
