@@ -9,10 +9,12 @@ import pytest
 
 import tv_interp as tv
 from tv_interp.models.load import reference_directory
+from tv_interp.models.reference.vocabulary import SEPARATOR, template
 from tv_interp.show.learning import plot_learning, read_curve
 from tv_interp.show.phenomena import KINDS, WITHOUT, measure_phenomena, phenomena_section
 
 MODEL = "reference-natural"
+HERE = [kind for kind in KINDS if kind != "separator"]  # its template has none
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +29,7 @@ def row(rows, kind, task="digit"):
 
 
 def test_every_task_has_a_row_of_each_kind_past_block_0(rows):
-    assert [r["kind"] for r in rows] == [*KINDS, WITHOUT, *KINDS]
+    assert [r["kind"] for r in rows] == [*HERE, WITHOUT, *HERE]
     for r in rows:
         if r["kind"] != WITHOUT:
             assert 1 <= r["layer"] < len(r["by_layer"]) and r["n"] <= 48
@@ -74,3 +76,14 @@ def test_learning_is_drawn_as_training_wrote_it(tmp_path):
         read_curve(tmp_path / "nowhere")
     with pytest.raises(tv.TvInterpError, match="expected at least one learning curve"):
         plot_learning({})
+
+
+def test_vectors_of_separators_are_measured_where_the_template_has_one():
+    model = tv.load_model("reference-words")  # it knows the separator
+    model.tokenizer.init_kwargs["tv_template"] = template(SEPARATOR)
+    found = measure_phenomena(model, ["verb-gerund"], n_demos=4, n_prompts=16)
+    assert [row["kind"] for row in found] == list(KINDS)
+    (row,) = [row for row in found if row["kind"] == "separator"]
+    # in the last block nothing reads the separators any more
+    assert row["by_layer"][-1] == pytest.approx(row["recipient"])
+    assert "Separator: the same with the vectors" in "\n".join(phenomena_section(found))

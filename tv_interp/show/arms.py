@@ -152,8 +152,11 @@ def plot_arms(rows: Sequence[dict[str, Any]]) -> go.Figure:
 
     if not rows:
         raise TvInterpError("empty selection: expected rows of measure_arms")
-    panels = {**{kind: f"gain by the {kind} vector" for kind in KINDS}, WITHOUT: "answers hidden"}
-    figure = make_subplots(rows=2, cols=2, subplot_titles=list(panels.values()))
+    seen = {row["kind"] for row in rows}
+    panels = {kind: f"gain by the {kind} vector" for kind in KINDS if kind in seen}
+    panels |= {WITHOUT: "answers hidden"}
+    deep = -(-len(panels) // 2)
+    figure = make_subplots(rows=deep, cols=2, subplot_titles=list(panels.values()))
     arms = list(dict.fromkeys(row["arm"] for row in rows))
     for panel, kind in enumerate(panels):
         at, across = 1 + panel // 2, 1 + panel % 2
@@ -166,6 +169,8 @@ def plot_arms(rows: Sequence[dict[str, Any]]) -> go.Figure:
                         np.array(values) - row.get("recipient", 0.0)
                     )
             lines = [np.mean(tasks, 0) for tasks in seeds.values()]
+            if not lines:
+                continue
             look = {"color": COLORS[i], "dash": DASHES[i]}
             for line in lines:
                 figure.add_scatter(
@@ -183,7 +188,7 @@ def plot_arms(rows: Sequence[dict[str, Any]]) -> go.Figure:
         )
         title = "share right" if kind == WITHOUT else "share right, over none"
         figure.update_yaxes(title_text=title, row=at, col=across)
-    figure.update_layout(template="plotly_white", height=720)
+    figure.update_layout(template="plotly_white", height=360 * deep)
     return figure
 
 

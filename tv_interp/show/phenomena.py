@@ -26,6 +26,7 @@ from ..scores.metrics import Targets
 
 KINDS = {
     "local": "local vectors at the answers of prompts with random answers",
+    "separator": "the same with the vectors of the separators, at the separators",
     "global": "global vector at `is` of zero-shot prompts, donor with another query",
     "global, Trial Avg": "the same, mean over the prompts of the other half",
 }
@@ -62,11 +63,11 @@ def measure_phenomena(
         ablated: Names of those of the tasks whose answers are taken away.
 
     Returns:
-        One row a task and kind (see `KINDS`): metric (``choice`` for categorization, ``accuracy``
-        for the rest), layer (best on dev, past block 0), value with lo and hi (95 %), gain over the
-        recipients as they are (gain_value, gain_lo, gain_hi), label_rate at that layer, few_shot,
-        recipient, by_layer (test), n. Rows of kind `WITHOUT` have values over k of
-        ``n_demos`` answers that no other token may attend to, with lo and hi.
+        One row a task and kind (see `KINDS`; separators where there are any): metric (``choice``
+        for categorization, ``accuracy`` for the rest), layer (best on dev, past block 0), value
+        with lo and hi (95 %), gain over the recipients as they are (gain_value, gain_lo, gain_hi),
+        label_rate at that layer, few_shot, recipient, by_layer (test), n. Rows of kind `WITHOUT`
+        have values over k of ``n_demos`` answers that no other token may attend to, with lo and hi.
     """
     rows = []
     for each in tasks:
@@ -76,7 +77,8 @@ def measure_phenomena(
         about = {"task": task.name, "family": task.family, "metric": metric}
         sides = [_Side(model, half, seed) for half in halves]
         for kind in KINDS:
-            rows.append({"kind": kind} | about | _at_best(model, sides, kind, metric, seed))
+            if kind.partition(", ")[0] in sides[0].vectors:
+                rows.append({"kind": kind} | about | _at_best(model, sides, kind, metric, seed))
         if task.name in ablated:
             scores = ablate_demos(model, halves[1], how=["knockout"], metric=metric, seed=seed)
             table = scores.ci(seed=seed).isel(part=0).clip(0, 1)
@@ -97,6 +99,9 @@ class _Side:
             "local": extract_vectors(model, clean),
             "global": extract_vectors(model, asked, at="query_is"),
         }
+        if clean.mask("end").any():
+            self.recipients["separator"] = contrast.corrupted
+            self.vectors["separator"] = extract_vectors(model, clean, at="end")
 
 
 def _at_best(
@@ -146,6 +151,8 @@ def phenomena_section(rows: Sequence[dict[str, Any]]) -> list[str]:
         "tv_interp.show.card --parts phenomena`; all layers are in `phenomena.json`.",
     ]
     for kind, title in KINDS.items():
+        if kind not in by_kind:
+            continue
         lines += [
             "",
             f"{kind[0].upper()}{kind[1:]}: {title}.",
