@@ -239,6 +239,10 @@ def _presets() -> dict[str, Recipe]:
         Phase(5_000, 64, TYPED_TOO, batch=24, dropout=0.15),
         Phase(200, 96, TYPED_TOO, batch=16, dropout=0.15),
     )
+    longest = (
+        Phase(8_000, 64, TYPED_TOO, batch=24, dropout=0.2),
+        Phase(200, 96, TYPED_TOO, batch=16, dropout=0.2),
+    )
     arm = Recipe(
         phases=(Phase(1_000, 48, KNOWLEDGE, dropout=0.15),),
         tokens="no separator",
@@ -259,6 +263,7 @@ def _presets() -> dict[str, Recipe]:
         "base-separator": replace(base, separator=SEPARATOR),
         "natural": natural,
         "natural-long": replace(natural, phases=(*natural.phases[:3], *longer)),
+        "natural-longer": replace(natural, phases=(*natural.phases[:3], *longest)),
         "arm-heads": arm,
         "arm-columns": replace(arm, drop="columns"),
         "arm-nothing": replace(arm, drop="nothing"),
