@@ -28,7 +28,11 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 import tv_interp as tv  # noqa: E402
 from tv_interp.analysis.comparison import attention_by_distance  # noqa: E402
-from tv_interp.analysis.convergence import convergence_boundary, cross_vectors  # noqa: E402
+from tv_interp.analysis.convergence import (  # noqa: E402
+    ABLATIONS,
+    convergence_boundary,
+    cross_vectors,
+)
 from tv_interp.interventions.recording import record_run  # noqa: E402
 from tv_interp.models.adapter import Adapter  # noqa: E402
 from tv_interp.scores import get_metric  # noqa: E402
@@ -151,45 +155,52 @@ def sweeps(shape: str, n_prompts: int) -> dict[str, Any]:
 # --------------------------------------------------------------------------------- every curve
 
 
+def calls(model: Any, name: str, metric: str, n_prompts: int) -> dict[str, Callable[[], Any]]:
+    """Name every curve of a task, and how it is made."""
+    settings: dict[str, Any] = dict(n_demos=8, n_prompts=n_prompts, seed=0)
+    prompts = tv.make_prompts(model, name, **settings)
+    contrast = prompts.dummies(seed=1)
+
+    def without(how: Any) -> Callable[[], Any]:
+        return lambda: tv.ablate_demos(model, prompts, how=[how], metric=metric)
+
+    out: dict[str, Callable[[], Any]] = {
+        "sweeps by layer with all controls (`compare_vectors`)": lambda: tv.compare_vectors(
+            model, name, **settings
+        ),
+        "convergence by layer (`measure_convergence`)": lambda: tv.measure_convergence(
+            model, name, **settings
+        ),
+        "local and global, 2 x 2 (`cross_vectors`)": lambda: cross_vectors(
+            model, contrast, local_layer=1, global_layer=2, metric=metric
+        ),
+        "dPCA, distances, subspaces (`measure_geometry`)": lambda: tv.measure_geometry(
+            model, name, **settings
+        ),
+        "attention by distance (`attention_by_distance`)": lambda: attention_by_distance(
+            model, prompts
+        ),
+        "found heads and their share (`measure_head_shares`)": lambda: tv.measure_head_shares(
+            model, name, **settings
+        ),
+    }
+    for how in ABLATIONS:
+        out[f"k of n answers, every k, {how} (`ablate_demos`)"] = without(how)
+    if prompts.task.family == "knowledge":
+        out["contradicted by k of n, every k (`convergence_boundary`)"] = lambda: (
+            convergence_boundary(model, prompts, layer=1)
+        )
+    return out
+
+
 def curves(n_prompts: int) -> dict[str, Any]:
     """Time every curve of task vectors on the reference model, in CPU seconds."""
     model = tv.load_model("reference")
     table: dict[str, dict[str, float]] = {}
     for name, metric in (("country-capital", "accuracy"), ("digit", "choice")):
-        settings: dict[str, Any] = dict(n_demos=8, n_prompts=n_prompts, seed=0)
-        prompts = tv.make_prompts(model, name, **settings)
-        contrast = prompts.dummies(seed=1)
-        calls: dict[str, Callable[[], Any]] = {
-            "sweeps by layer with all controls (`compare_vectors`)": lambda: tv.compare_vectors(
-                model, name, **settings
-            ),
-            "convergence by layer (`measure_convergence`)": lambda: tv.measure_convergence(
-                model, name, **settings
-            ),
-            "local x global, 2 x 2 (`cross_vectors`)": lambda: cross_vectors(
-                model, contrast, local_layer=1, global_layer=2, metric=metric
-            ),
-            "dPCA, distances, subspaces (`measure_geometry`)": lambda: tv.measure_geometry(
-                model, name, **settings
-            ),
-            "attention by distance (`attention_by_distance`)": lambda: attention_by_distance(
-                model, prompts
-            ),
-            "heads found, and their share (`measure_head_shares`)": lambda: tv.measure_head_shares(
-                model, name, **settings
-            ),
-        }
-        for how in ("knockout", "mean", "resample"):
-            calls[f"k of n answers, every k, {how} (`ablate_demos`)"] = lambda how=how: (
-                tv.ablate_demos(model, prompts, how=[how], metric=metric)
-            )
-        if name == "country-capital":
-            calls["contradicted by k of n, every k (`convergence_boundary`)"] = lambda: (
-                convergence_boundary(model, prompts, layer=1)
-            )
-        for title, call in calls.items():
-            table.setdefault(title, {})[name] = cpu(call)[1]
-            print(f"{name:<18}{title:<62}{table[title][name]:>7.1f}", flush=True)
+        for title, call in calls(model, name, metric, n_prompts).items():
+            table.setdefault(title, {})[name] = seconds = cpu(call)[1]
+            print(f"{name:<18}{title:<62}{seconds:>7.1f}", flush=True)
     return {"rows": table, "n_prompts": n_prompts, "provenance": provenance()}
 
 

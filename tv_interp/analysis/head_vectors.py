@@ -261,7 +261,9 @@ def measure_head_shares(
     }
     rows: list[HeadShare] = []
     scores: dict[str, Scores] = {}
-    for kind in found.settings["corruptions"]:
+    # those that make a difference
+    kinds = dict.fromkeys(effect.corruption for head in found.found for effect in head.effects)
+    for kind in kinds:
         fit, test = (half.corrupt(kind, seed=seed + 1 + i) for i, half in enumerate(halves))
         for label, (at, heads, others) in labels.items():
             if not heads:
