@@ -10,9 +10,11 @@ from conftest import KINDS, tiny_model
 
 from tv_interp.analysis.convergence import share_of
 from tv_interp.analysis.find import split_prompts
-from tv_interp.analysis.head_vectors import head_vectors, measure_head_shares
+from tv_interp.analysis.head_vectors import _in_the_run, head_vectors, measure_head_shares
+from tv_interp.analysis.heads import patch_heads
 from tv_interp.analysis.vectors import TODD_CLASSES, extract_vectors, inject_vectors
 from tv_interp.errors import ModelError, TvInterpError
+from tv_interp.interventions.sites import Site
 from tv_interp.models import planted
 from tv_interp.prompts import make_prompts
 from tv_interp.prompts.roles import parse_role
@@ -106,19 +108,33 @@ def test_the_found_writers_carry_the_local_and_the_found_readers_the_global_vect
         case.model, case.task, n_demos=4, n_prompts=16, corruptions=case.corruptions
     )
     rows = [row for row in found.rows if row.corruption == "inputs"]  # these hide no head here
-    writer, reader = rows
-    assert (writer.label, reader.label) == ("writer", "reader")
-    assert [h.at for h in writer.heads] == list(case.writers)
-    assert [h.at for h in reader.heads] == list(case.readers)
-    assert (writer.layer, reader.layer) == (1, 2)
-    for row in (writer, reader):
+    assert [(r.label, r.through, r.layer) for r in rows] == [
+        ("writer", "alone", 1), ("writer", "run", 1), ("reader", "alone", 3), ("reader", "run", 3)
+    ]  # fmt: skip
+    for row in rows:
+        planted_heads = case.writers if row.label == "writer" else case.readers
+        assert [h.at for h in row.heads] == list(planted_heads)
         assert row.vector == pytest.approx(4)
         assert (row.share, row.lo, row.hi, row.above) == pytest.approx((1, 1, 1, 1))
-        assert row.controls == pytest.approx((0, 0, 0))
+        assert row.controls == pytest.approx((0, 0, 0)) and row.every == pytest.approx(1)
     text = str(found)
     assert max(map(len, text.splitlines())) <= 80
-    assert "heads 1.00 [1.00, 1.00], all heads 1.00" in text
+    assert "alone heads 1.00 [1.00, 1.00], all 1.00, random 0.00 (0.00 to 0.00)" in text
     assert len(found.to_pandas()) == len(found.rows)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_the_run_heads_up_to_the_vectors_layer_are_exchanged(kind):
+    model, prompts = plain("llama", kind)
+    contrast = prompts.corrupt("inputs", seed=2)
+    heads = [Site(0, 1, "z", "answer"), Site(2, 0, "z", "answer")]
+    sets = head_vectors(model, contrast, heads)
+    found = _in_the_run(model, contrast, heads, sets, 1, "answer").data
+    one = patch_heads(model, contrast, at="answer").data.sel(layer=0, head=1)
+    np.testing.assert_allclose(found.sel(site="heads"), one, atol=2e-5)
+    vector = sets.scores.data.sel(layer=1, site="vector")
+    np.testing.assert_allclose(found.sel(site="vector"), vector, atol=1e-6)
+    assert np.abs(one).max() > 1e-4 and len(sets.controls) > 1
 
 
 def test_shares_come_from_the_half_that_did_not_choose_the_heads():
@@ -126,7 +142,7 @@ def test_shares_come_from_the_half_that_did_not_choose_the_heads():
     settings: dict = dict(n_demos=4, n_prompts=16, seed=3)
     found = measure_head_shares(case.model, case.task, corruptions=case.corruptions, **settings)
     chose, test = split_prompts(case.model, case.task, **settings)
-    reported = set(found.scores["inputs/answer"].clusters)
+    reported = set(found.scores["inputs/answer/run"].clusters)
     assert reported <= set(test.query) and not reported & set(chose.query)
     assert set(found.found.prompts.query) == set(test.query)
 
@@ -136,7 +152,7 @@ def test_where_nothing_is_found_there_are_no_shares():
     found = measure_head_shares(
         case.model, case.task, n_demos=4, n_prompts=16, corruptions=case.corruptions
     )
-    assert found.rows == () and str(found).count("(0 heads)") == 2
+    assert found.rows == () and str(found).count(": none found") == 2
 
 
 # ------------------------------------------------------------------------------ function vectors

@@ -2,8 +2,8 @@
 
 The paper of local and global vectors (arXiv 2406.16007) stops at which positions matter. Here a
 vector is taken apart by the heads that wrote it: of a local vector the writers' part at the
-answers, of a global one the readers' part at ``query_is``. What MLPs make of it, and what was there
-before, is left out, so the parts of all heads need not add up to the whole.
+answers, of a global one the readers' part at ``query_is``. What was there before (at an answer its
+own word) and what MLPs make of both is no head's, so all heads together need not make the whole.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from ..scores.metrics import Targets
 from .common import all_heads, as_sites, label_scores, provenance
 from .convergence import share_of
 from .find import HeadReport, control_sets, find_heads, split_prompts
+from .heads import patch_together
 from .vectors import Vectors, extract_vectors, inject_vectors
 
 
@@ -123,6 +124,9 @@ def _exchange(model: Any, contrast: Contrast, at: str, heads: Sequence[Head] | N
 
 # --------------------------------------------------------------------------------- the found heads
 
+Through = Literal["alone", "run"]
+THROUGH: tuple[Through, ...] = ("alone", "run")
+
 
 class HeadShare(NamedTuple):
     """What the found heads of one role carry of its vector, under one corruption, on test.
@@ -130,13 +134,16 @@ class HeadShare(NamedTuple):
     Attributes:
         label: ``"writer"`` (of the local vector) or ``"reader"`` (of the global one).
         corruption: What the vector is exchanged against.
-        heads: The found heads.
-        layer: Where the whole vector did most on the other half.
+        layer: The last layer where the whole vector keeps half of its largest effect, on the other
+            half of the prompts.
+        through: ``"alone"``: what the heads write is added there, and no MLP has seen it;
+            ``"run"``: their outputs are exchanged where they are, so that all later parts respond.
+        heads: The found heads up to that layer; none above it can be in the vector.
         vector: Effect of the whole vector there, in the metric's unit.
         share: The heads' effect over the vector's, with its 95 % interval ``lo`` to ``hi``.
         lo: Lower end.
         hi: Upper end.
-        every: The same share of all heads of the model.
+        every: The same share of all heads up to that layer.
         controls: Shares of layer-matched random sets of other heads; empty where too few are left.
         above: The heads' share minus the mean of the controls', ``above_lo`` to ``above_hi`` (95 %,
             over prompts); NaN without controls.
@@ -146,8 +153,9 @@ class HeadShare(NamedTuple):
 
     label: str
     corruption: str
-    heads: tuple[Site, ...]
     layer: int
+    through: Through
+    heads: tuple[Site, ...]
     vector: float
     share: float
     lo: float
@@ -164,8 +172,9 @@ class HeadShares:
     """What `measure_head_shares` found.
 
     Attributes:
-        rows: A row for each label and corruption; none for a label without heads.
-        scores: Effects of the test half by ``corruption/role``, as in `HeadSets`.
+        rows: A row for each label, corruption and way; none for a label without heads.
+        scores: Effects of the test half over ``(prompt, site)`` by ``corruption/role/through``;
+            sites as in `HeadSets`.
         found: The search that chose the heads.
         settings: Provenance as plain values.
     """
@@ -176,7 +185,7 @@ class HeadShares:
     settings: Mapping[str, Any]
 
     def to_pandas(self) -> Any:
-        """Write one row for each label and corruption."""
+        """Write one row for each label, corruption and way."""
         import pandas as pd
 
         return pd.DataFrame([row._asdict() for row in self.rows])
@@ -185,31 +194,30 @@ class HeadShares:
         """A table at 80 columns."""
         s = self.settings
         lines = [
-            f"{s['task']} on {s['model']}: what the found heads carry of a vector, {s['metric']}",
-            "Heads and layer from one half of the prompts, all else from the other: share of the",
-            "vector's effect [95 % interval]; random sets of as many heads, mean (range).",
+            f"{s['task']} on {s['model']}: what the found heads carry of a vector",
+            "Heads and layer from one half of the prompts, the rest from the other: share of the",
+            "vector's effect [95 %], and of sets of as many random heads, mean (range).",
+            "alone: what heads write, unseen by MLPs; run: exchanged where they are.",
         ]
         titles = {
-            "writer": "LOCAL vector at the answers, and what its WRITERS write there",
-            "reader": "GLOBAL vector at query_is, and what its READERS put there",
+            "writer": "LOCAL vector at the answers, and its WRITERS",
+            "reader": "GLOBAL vector at query_is, and its READERS",
         }
         for label, title in titles.items():
             rows = [row for row in self.rows if row.label == label]
-            lines += ["", f"{title} ({len(rows[0].heads) if rows else 0} heads)"]
-            if rows:
-                names = ", ".join(f"L{head.layer}H{head.head}" for head in rows[0].heads)
-                lines += textwrap.wrap(names, 78, initial_indent="  ", subsequent_indent="  ")
+            lines += ["", f"{title}{'' if rows else ': none found'}"]
             for r in rows:
-                lines += [
-                    f"  {r.corruption}, layer {r.layer}: vector {r.vector:+.2f} {s['unit']}",
-                    f"    heads {_span(r.share, r.lo, r.hi)}, all heads {r.every:.2f}",
-                ]
+                if r.through == THROUGH[0]:
+                    names = ", ".join(f"L{head.layer}H{head.head}" for head in r.heads) or "none"
+                    head = f"{r.corruption}, layer {r.layer}: vector {r.vector:+.2f} {s['unit']}; "
+                    lines += textwrap.wrap(
+                        f"{head}heads {names}", 80, initial_indent="  ", subsequent_indent="      "
+                    )
+                text = f"    {r.through:<6}heads {_span(r.share, r.lo, r.hi)}, all {r.every:.2f}"
                 if r.controls:
-                    spread = f"({min(r.controls):.2f} to {max(r.controls):.2f})"
-                    lines += [
-                        f"    {len(r.controls)} random sets {np.mean(r.controls):.2f} {spread}, "
-                        f"heads above them {_span(r.above, r.above_lo, r.above_hi)}",
-                    ]
+                    text += f", random {np.mean(r.controls):.2f}"
+                    text += f" ({min(r.controls):.2f} to {max(r.controls):.2f})"
+                lines.append(text)
         return "\n".join(lines)
 
 
@@ -230,10 +238,10 @@ def measure_head_shares(
 ) -> HeadShares:
     """Find writers and readers, and measure what they carry of the local and the global vector.
 
-    `find_heads` chooses the heads on one half of the prompts, and the layer is the one where the
-    whole vector does most there. On the other half that vector is put into corrupted prompts, then
-    the found heads' part alone, then that of random heads from the same layers, found heads left
-    out; see `head_vectors`.
+    `find_heads` chooses the heads on one half of the prompts, which also chooses the layer: the
+    last one where the whole vector keeps half of its largest effect. On the other half that vector
+    is put into corrupted prompts, then the found heads' part alone, then that of random heads from
+    the same layers, found heads left out; see `head_vectors` and `patch_together`.
 
     Args:
         model: A HookedTransformer or TransformerBridge in eval mode.
@@ -244,6 +252,9 @@ def measure_head_shares(
         corruptions: At least two; None for the task family's defaults.
         template: As in `make_prompts`.
         progress: Whether to show progress.
+
+    Returns:
+        Shares of the vector's effect on the logit difference, under each corruption that makes one.
 
     Raises:
         UnknownName: for an unknown task or corruption.
@@ -259,53 +270,73 @@ def measure_head_shares(
         "writer": ("answer", found.writers, found.copiers),
         "reader": ("query_is", found.readers, found.relays),
     }
+    kinds = dict.fromkeys(effect.corruption for head in found.found for effect in head.effects)
     rows: list[HeadShare] = []
     scores: dict[str, Scores] = {}
-    # those that make a difference
-    kinds = dict.fromkeys(effect.corruption for head in found.found for effect in head.effects)
-    for kind in kinds:
-        fit, test = (half.corrupt(kind, seed=seed + 1 + i) for i, half in enumerate(halves))
-        for label, (at, heads, others) in labels.items():
-            if not heads:
-                continue
-            sites = tuple(head.site for head in heads)
-            layer = _best_layer(model, fit, at)
-            sets = head_vectors(
-                model, test, sites, at=at, taken=[head.site for head in others], seed=seed
-            )
-            scores[f"{kind}/{at}"] = sets.scores
-            rows.append(_row(label, kind, sites, layer, sets))
+    for label, (at, heads, others) in labels.items():
+        for kind in kinds if heads else ():
+            fit, test = (half.corrupt(kind, seed=seed + 1 + i) for i, half in enumerate(halves))
+            layer = _last_layer(model, fit, at)
+            sites = [head.site for head in heads]
+            taken = [head.site for head in others]
+            sets = head_vectors(model, test, sites, at=at, taken=taken, seed=seed)
+            alone = replace(sets.scores, data=sets.scores.data.sel(layer=layer, drop=True))
+            ways = {"alone": alone, "run": _in_the_run(model, test, sites, sets, layer, at)}
+            here = tuple(site for site in sites if site.layer <= layer)
+            for through in THROUGH:
+                effects = ways[through]
+                scores[f"{kind}/{at}/{through}"] = effects
+                row = HeadShare(label, kind, layer, through, here, *_shares(effects, sets))
+                rows.append(row)
     metric = get_metric("logit_diff")
     settings = dict(found.settings) | {"metric": metric.name, "unit": metric.unit}
-    order = list(labels)
-    rows.sort(key=lambda row: order.index(row.label))
     return HeadShares(tuple(rows), scores, found, settings)
 
 
-def _best_layer(model: Any, contrast: Contrast, at: str) -> int:
-    """Find the layer where the whole vector does most."""
-    change = _exchange(model, contrast, at, None)
+def _last_layer(model: Any, contrast: Contrast, at: str) -> int:
+    """Find the last layer where the whole vector keeps half of its largest effect."""
+    vectors = extract_vectors(model, contrast.clean, at=at)
+    run = record_run(Adapter.of(model), contrast.corrupted)
     dummy = replace(contrast.corrupted, answer=contrast.answer, foil=contrast.foil)
-    found = inject_vectors(model, dummy, change, mode="add", metric="logit_diff")
-    return int(found.mean().values.argmax())
+    found = inject_vectors(model, dummy, vectors, metric="logit_diff", run=run)
+    rise = found.mean().values - found.attrs["recipient"]
+    return int(np.flatnonzero(rise >= min(rise.max(), rise.max() / 2))[-1])
 
 
-def _row(label: str, kind: str, heads: tuple[Site, ...], layer: int, sets: HeadSets) -> HeadShare:
-    """Read the shares off the effects at one layer."""
-    here = replace(sets.scores, data=sets.scores.data.sel(layer=layer, drop=True))
-    share, every = (share_of(here, name, "vector") for name in ("heads", "all heads"))
-    controls = tuple(
-        float(share_of(here, f"control {i}", "vector")["value"]) for i in range(len(sets.controls))
-    )
-    above = dict.fromkeys(("value", "lo", "hi"), np.nan)
+def _in_the_run(
+    model: Any, contrast: Contrast, heads: Sequence[Site], sets: HeadSets, layer: int, at: str
+) -> Scores:
+    """Exchange the same sets of heads, up to a layer, in the corrupted run itself."""
+    members: dict[str, Sequence[Head]] = {
+        "heads": [site.at for site in heads],
+        "all heads": all_heads(Adapter.of(model)),
+        **{f"control {i}": control for i, control in enumerate(sets.controls)},
+    }
+    below = {name: [h for h in each if h[0] <= layer] for name, each in members.items()}
+    found = patch_together(model, contrast, below, at=at)
+    vector = sets.scores.data.sel(layer=layer, drop=True).sel(site=["vector"])
+    parts = [vector, found.data]
+    if sets.controls:
+        mean = found.data.isel(site=slice(2, None)).mean("site")
+        parts.append(mean.expand_dims(site=["controls"], axis=1))
+    return replace(found, data=xr.concat(parts, dim="site"), total=None)
+
+
+def _shares(effects: Scores, sets: HeadSets) -> tuple[Any, ...]:
+    """Get the vector's effect and the shares of it, in the order of `HeadShare`."""
+    whole = share_of(effects, "heads", "vector")
+    every = float(share_of(effects, "all heads", "vector")["value"])
+    names = [f"control {i}" for i in range(len(sets.controls))]
+    controls = tuple(float(share_of(effects, name, "vector")["value"]) for name in names)
+    ends, above = ("value", "lo", "hi"), (np.nan,) * 3
     if controls:
-        gap = here.data.sel(site="heads", drop=True) - here.data.sel(site="controls", drop=True)
-        vector = here.data.sel(site="vector", drop=True)
-        both = xr.concat([gap, vector], dim="site").assign_coords(site=["gap", "vector"])
-        found = share_of(replace(here, data=both.transpose("prompt", "site")), "gap", "vector")
-        above = {name: float(found[name]) for name in above}
-    return HeadShare(
-        label, kind, heads, layer, float(here.mean().sel(site="vector")),
-        *(float(share[name]) for name in ("value", "lo", "hi")), float(every["value"]), controls,
-        above["value"], above["lo"], above["hi"],
+        ours, theirs, vector = (
+            effects.data.sel(site=name, drop=True) for name in ("heads", "controls", "vector")
+        )
+        both = xr.concat([ours - theirs, vector], dim="site").assign_coords(site=["gap", "vector"])
+        found = share_of(replace(effects, data=both.transpose("prompt", "site")), "gap", "vector")
+        above = tuple(float(found[end]) for end in ends)
+    return (
+        float(effects.mean().sel(site="vector")), *(float(whole[end]) for end in ends), every,
+        controls, *above,
     )  # fmt: skip
