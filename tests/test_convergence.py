@@ -17,11 +17,9 @@ from tv_interp.analysis.convergence import (
     contradict,
     convergence_boundary,
     cross_vectors,
-    head_vectors,
     linear_cka,
     measure_convergence,
     share_lost,
-    share_of,
     similarity,
 )
 from tv_interp.analysis.vectors import Vectors, extract_vectors, inject_vectors
@@ -261,37 +259,3 @@ def test_the_hybrid_task_labels_by_what_is_known():
         hybrid_task("rivers")
     with pytest.raises(PromptError, match="has no answer that a fifth of its inputs share"):
         hybrid_task("country-capital")
-
-
-# -------------------------------------------------------------------------------- heads alone
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_planted_writer_carries_all_of_the_local_vector_and_its_controls_nothing(kind):
-    case = planted.build("value_route", backend=kind)
-    contrast = make_prompts(case.model, case.task, n_demos=4, n_prompts=16).corrupt("inputs")
-    found = head_vectors(case.model, contrast, case.writers)
-    mean = found.scores.mean()
-    assert mean.sel(site="vector").values.round(3).tolist() == [0, 4, 0, 0]
-    assert mean.sel(site="heads").values.round(3).tolist() == [0, 4, 0, 0]
-    names = [str(s) for s in mean["site"].values if str(s).startswith("control")]
-    assert len(names) == len(found.controls) == 3  # the other heads of layer 1
-    assert all((mean.sel(site=name) == 0).all() for name in names)
-    share = share_of(found.scores, "heads", "vector")
-    assert float(share["value"][1]) == pytest.approx(1) and np.isnan(share["value"].values[0])
-
-
-def test_heads_behind_a_norm_are_refused():
-    model, prompts = plain("gemma2", KINDS[0])
-    with pytest.raises(ModelError, match="does not add up"):
-        head_vectors(model, prompts.corrupt("inputs"), [(0, 0)])
-
-
-def test_all_heads_and_nothing_else_make_the_vector_of_a_model_without_mlps():
-    case = planted.build("write_then_read")
-    contrast = make_prompts(case.model, case.task, n_demos=4, n_prompts=6).corrupt("answers")
-    found = head_vectors(case.model, contrast, [(1, 1)]).scores.data
-    whole, heads = found.sel(site="vector"), found.sel(site="all heads")
-    assert whole.values[:, 1].mean() > 1
-    # the answers' own words differ too, and no head wrote those: but nobody reads them
-    np.testing.assert_allclose(heads.values, whole.values, atol=1e-4)

@@ -271,6 +271,18 @@ def test_both_sweeps_of_a_recipient_cost_a_third_of_a_loop_of_forwards():
     assert again.tokens == len(dummy) * n_layers * (n_layers - 1) / 2  # one token a layer
 
 
+def test_equal_prompts_run_once_and_keep_their_places():
+    model = tv.load_model("reference")
+    prompts = make_prompts(model, "country-currency", n_demos=2, n_prompts=40).zero_shot()
+    different = len(set(prompts.query))
+    assert different < 40
+    with Counted(model) as counted:
+        found = last_logits(Adapter.of(model), prompts)
+    assert counted.tokens == 5 * 3 * different  # layers, and <bos> x is
+    whole = Adapter.of(model).run(prompts.tokens)
+    np.testing.assert_allclose(found.numpy(), whole.numpy(), atol=1e-5)
+
+
 # ---------------------------------------------------------------------------------- known truth
 
 

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from .analysis.convergence import (
         Convergence,
         ablate_demos,
-        head_vectors,
         measure_convergence,
     )
     from .analysis.discovery import find_circuit
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from .analysis.features import Geometry, measure_geometry
     from .analysis.find import HeadReport, find_heads
     from .analysis.graph import RoleGraph
+    from .analysis.head_vectors import HeadShares, head_vectors, measure_head_shares
     from .analysis.heads import (
         knock_out,
         patch_heads,
@@ -75,12 +75,14 @@ _HOME = {
     "compare_vectors": ".analysis.comparison",
     "Convergence": ".analysis.convergence",
     "ablate_demos": ".analysis.convergence",
-    "head_vectors": ".analysis.convergence",
     "measure_convergence": ".analysis.convergence",
     "Geometry": ".analysis.features",
     "measure_geometry": ".analysis.features",
     "HeadReport": ".analysis.find",
     "find_heads": ".analysis.find",
+    "HeadShares": ".analysis.head_vectors",
+    "head_vectors": ".analysis.head_vectors",
+    "measure_head_shares": ".analysis.head_vectors",
     "knock_out": ".analysis.heads",
     "patch_heads": ".analysis.heads",
     "patch_local_paths": ".analysis.heads",
@@ -160,6 +162,7 @@ __all__ = [  # noqa: PLE0604
     "Geometry",
     "HeadRanking",
     "HeadReport",
+    "HeadShares",
     "Metric",
     "OneVector",
     "Patch",
@@ -208,6 +211,7 @@ __all__ = [  # noqa: PLE0604
     "measure_convergence",
     "measure_curve",
     "measure_geometry",
+    "measure_head_shares",
     "measure_stability",
     "patch_heads",
     "patch_interactions",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,15 +20,14 @@ from torch import Tensor
 from ..errors import PromptError, TvInterpError, unknown
 from ..interventions.engine import run_variants
 from ..interventions.recording import last_logits, record_run
-from ..interventions.sites import Cut, Head, Patch, Site, Variant
+from ..interventions.sites import Cut, Patch, Site, Variant
 from ..models.adapter import Adapter
 from ..prompts import Contrast, Prompts, Task, get_task, make_prompts
 from ..prompts.roles import DEMO_ROLES, parse_role
 from ..prompts.tasks.base import pick_foil
 from ..scores import Metric, Scores, get_metric
 from ..scores.metrics import Targets
-from .common import all_heads, as_sites, label_scores, provenance
-from .find import control_sets
+from .common import all_heads, label_scores, provenance
 from .vectors import Vectors, extract_vectors, inject_vectors, residual_at
 
 Ablation = Literal["knockout", "mean", "resample"]
@@ -506,87 +505,3 @@ def share_lost(scores: Scores) -> xr.Dataset:
         both = both.transpose("prompt", "part", "site")
         parts.append(share_of(replace(scores, data=both), "lost", "all"))
     return xr.concat(parts, dim="demo").assign_coords(demo=scores.data["demo"])
-
-
-# ------------------------------------------------------------------------------------ heads alone
-
-
-class HeadSets(NamedTuple):
-    """Vectors from heads alone.
-
-    Attributes:
-        scores: Effects over ``(prompt, layer, site)``: ``vector`` (the whole local or global vector
-            exchanged), ``heads``, ``all heads``, and ``control 0`` and so on.
-        controls: The heads of each control.
-    """
-
-    scores: Scores
-    controls: tuple[tuple[Head, ...], ...]
-
-
-def head_vectors(
-    model: Any,
-    contrast: Contrast,
-    heads: Iterable[Site | Head | str],
-    *,
-    at: str = "answer",
-    metric: str = "logit_diff",
-    seed: int = 0,
-) -> HeadSets:
-    """Measure how much of a vector's effect the writes of some heads carry.
-
-    At layer l, ``vector`` puts the clean residual stream into the corrupted run. A set of heads
-    adds only the change of what its heads up to layer l write, clean minus corrupted, each as it
-    was in its own run. Controls have as many other heads from the same layers.
-
-    Args:
-        model: A HookedTransformer or TransformerBridge in eval mode.
-        contrast: Clean and corrupted prompts.
-        heads: The found writers (``at="answer"``) or readers (``at="query_is"``).
-        at: Role.
-        metric: Name of a metric.
-        seed: Decides the controls.
-
-    Returns:
-        m(patched) - m(corrupted); `share_of(scores, "heads", "vector")` is the share.
-
-    Raises:
-        TvInterpError: if a head is outside of the model, or there are none.
-        ModelError: if heads' outputs do not add up in the residual stream.
-    """
-    adapter, measure = Adapter.of(model), get_metric(metric)
-    chosen = [site.at for site in as_sites(heads, at, adapter)]
-    controls = control_sets(chosen, all_heads(adapter), set(chosen), seed)
-    sets: dict[str, Sequence[Head]] = {"heads": chosen, "all heads": all_heads(adapter)}
-    sets |= {f"control {i}": c for i, c in enumerate(controls)}
-    changes = {"vector": _exchange(model, contrast, at, None)}
-    for name, members in sets.items():
-        written = _exchange(model, contrast, at, members)
-        # what a head writes stays in the residual stream of all later layers
-        total = written.data.cumsum("layer").assign_coords(written.data.coords)
-        changes[name] = replace(written, data=total)
-    readout = measure.readout(Targets.of(contrast.clean))
-    run = record_run(adapter, contrast.corrupted)
-    base = readout(run.logits, torch.arange(len(contrast))).numpy()
-    dummy = replace(contrast.corrupted, answer=contrast.answer, foil=contrast.foil)
-    values = [
-        inject_vectors(model, dummy, v, mode="add", metric=measure, run=run).data.values
-        - base[:, None]
-        for v in changes.values()
-    ]
-    attrs = provenance(adapter) | contrast.provenance | {"metric": metric, "at": at}
-    attrs["heads"] = [f"L{layer}H{head}" for layer, head in chosen]
-    scores = label_scores(
-        np.stack(values, -1), ("layer", "site"),
-        {"layer": np.arange(adapter.n_layers), "site": list(changes)},
-        unit=measure.unit, total=None, prompts=contrast.clean, attrs=attrs,
-    )  # fmt: skip
-    return HeadSets(scores, tuple(controls))
-
-
-def _exchange(model: Any, contrast: Contrast, at: str, heads: Sequence[Head] | None) -> Vectors:
-    """Subtract what is at a role in the corrupted run from what is there in the clean run."""
-    ours, theirs = (
-        extract_vectors(model, p, at=at, heads=heads) for p in (contrast.clean, contrast.corrupted)
-    )
-    return replace(ours, data=ours.data - theirs.data.values)

@@ -168,15 +168,17 @@ def record_run(
 def last_logits(adapter: Adapter, prompts: Prompts) -> Float[Tensor, "prompt vocab"]:
     """Run prompts once and keep nothing but the logits at the last token, on the CPU.
 
+    Equal prompts, as zero-shot prompts often are, run once together.
+
     Raises:
         PromptError: if the model cannot read the prompts.
         ModelError: if the logits are NaN.
     """
     check_fits(adapter, prompts)
-    parts = [
-        (rows, _finite(adapter, adapter.run(tokens)).cpu())
-        for rows, tokens in batches(adapter, prompts, MEMORY)
-    ]
+    parts = []
+    for rows, tokens in batches(adapter, prompts, MEMORY):
+        each, which = tokens.unique(dim=0, return_inverse=True)
+        parts.append((rows, _finite(adapter, adapter.run(each)).cpu()[which]))
     return _in_order(*zip(*parts, strict=True))
 
 
