@@ -15,6 +15,7 @@ PACKAGE = Path(tv.__file__).parent
 STAIRCASE = (
     "errors",
     "files",
+    "display",
     "prompts.tasks",
     "prompts",
     "models",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool
 
+from ..display import Shown, Table, as_text
 from ..errors import FileError, TvInterpError
 from ..files import write_text
 from ..interventions.recording import Recorded
@@ -29,10 +30,12 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 FORMAT = "tv_interp.Circuit 1"
+SHOWN = 10
+"""Edges that are shown when a circuit is printed."""
 
 
 @dataclass(frozen=True, eq=False)
-class Circuit:
+class Circuit(Shown):
     """Edges of a graph of roles, each with a weight.
 
     Two circuits are equal if they have the same edges in the same graph, whatever the weights.
@@ -220,6 +223,22 @@ class Circuit:
         from ..show.circuit import plot_circuit
 
         return plot_circuit(self, **options)
+
+    def _blocks(self) -> Iterator[str | Table]:
+        unit = self.attrs.get("unit", "logits")
+        order = sorted(self.edges, key=lambda edge: -abs(self.edges[edge]))[:SHOWN]
+        yield repr(self)
+        yield (
+            f"writers  {', '.join(self.writers) or 'none'}\n"
+            f"readers  {', '.join(self.readers) or 'none'}\n"
+            f"The {len(order)} largest edges, in {unit}; + carries the task:"
+        )
+        ends = [(*split_edge(edge), f"{self.edges[edge]:+.3g}") for edge in order]
+        yield Table(("from", "into", "weight"), ends)
+
+    def __str__(self) -> str:
+        """Size, writers, readers and the largest edges."""
+        return as_text(self._blocks())
 
     def __repr__(self) -> str:
         """Size, and what it was found in."""

@@ -28,6 +28,7 @@ from jaxtyping import Bool, Float
 from scipy import stats
 from tqdm import tqdm
 
+from ..display import Shown
 from ..errors import ScoreError, TvInterpError
 from ..files import make_directory, write_text
 from ..interventions.recording import Recorded
@@ -58,8 +59,8 @@ class Interval(NamedTuple):
         return f"{self.value:.2f} [{self.lo:.2f}, {self.hi:.2f}]"
 
 
-@dataclass(frozen=True, eq=False)
-class CircuitReport:
+@dataclass(frozen=True, eq=False, repr=False)
+class CircuitReport(Shown):
     """What `evaluate_circuit` measured.
 
     Attributes:

@@ -19,6 +19,7 @@ import torch
 from ..analysis.common import Experiment
 from ..analysis.comparison import VectorReport
 from ..analysis.find import Effect, FoundHead, HeadReport
+from ..display import readable, tokens_html
 from ..errors import PromptError, TvInterpError
 from ..files import write_text
 from ..interventions.sites import Patch, Site, Variant
@@ -190,7 +191,7 @@ def _page(report: HeadReport, more: Sequence[Scores], command: str | None) -> st
         paths=_paths(report, figures),
         demos=_demos(report, figures),
         attention=attention,
-        examples=_examples(report),
+        examples=_examples(report.prompts),
         corrupted=_corrupted(report),
         role_names=[r for r in ROLE_NAMES if r in _roles(report.prompts)],
         extra={k: v for k, v in _plain(report.settings).items() if k not in _PLAIN},
@@ -398,8 +399,7 @@ def _attention(report: HeadReport) -> dict[str, Any] | None:
     adapter = Adapter.of(report.model)
     layers = sorted({h.site.layer for h in heads})
     _, seen = adapter.read(prompts.tokens[row : row + 1, :n], [("pattern", i) for i in layers])
-    pieces = _pieces(prompts, row)
-    roles = _role_labels(prompts, row)
+    pieces, roles = prompts.pieces(row), prompts.roles_of(row)
     shown = heads[: max(1, views.MAX_CELLS // (n * n))]
     pattern = {h.site: seen["pattern", h.site.layer][0, h.site.head].float().cpu() for h in heads}
     view = views.attention_view(
@@ -431,17 +431,13 @@ def _attention(report: HeadReport) -> dict[str, Any] | None:
     return {"view": Markup(view.html), "looks": looks, "row": row, "text": prompts.texts[row]}
 
 
-def _examples(report: HeadReport) -> list[dict[str, Any]]:
-    prompts = report.prompts
-    out = []
-    for row in range(min(N_EXAMPLES, len(prompts))):
-        sample = prompts.samples[row]
-        cells = [
-            (piece, role.split(" ")[0], role)
-            for piece, role in zip(_pieces(prompts, row), _role_labels(prompts, row), strict=True)
-        ]
-        out.append({"cells": cells, "answer": sample.answer})
-    return out
+def _examples(prompts: Prompts) -> list[Any]:
+    from markupsafe import Markup
+
+    return [
+        Markup(tokens_html(prompts.labelled(row, f"right answer: {readable(sample.answer)}")))
+        for row, sample in enumerate(prompts.samples[:N_EXAMPLES])
+    ]
 
 
 def _corrupted(report: HeadReport) -> list[tuple[str, str, str]]:
@@ -454,29 +450,6 @@ def _corrupted(report: HeadReport) -> list[tuple[str, str, str]]:
             continue
         out.append((kind, pair.corrupted.texts[0], pair.corrupted.samples[0].foil))
     return out
-
-
-def _pieces(prompts: Prompts, row: int) -> list[str]:
-    """Get the text of each token; a space in front is written as a dot."""
-    ids = prompts.tokens[row, : prompts.lengths[row]].tolist()
-    raw = prompts.tokenizer.convert_ids_to_tokens(ids)
-    out = []
-    for token, fallback in zip(ids, raw, strict=True):
-        text = prompts.tokenizer.decode([token], clean_up_tokenization_spaces=False)
-        if not text or "\ufffd" in text:  # a part of a character, or no text at all
-            text = str(fallback)
-        stripped = text.lstrip(" ")
-        out.append(views.readable("·" * (len(text) - len(stripped)) + stripped))
-    return out
-
-
-def _role_labels(prompts: Prompts, row: int) -> list[str]:
-    roles, demos = prompts.role_ids[row].tolist(), prompts.demo_ids[row].tolist()
-    n = int(prompts.lengths[row])
-    return [
-        ROLE_NAMES[role] + (f" {demo}" if demo >= 0 else "")
-        for role, demo in zip(roles[:n], demos[:n], strict=True)
-    ]
 
 
 def _roles(prompts: Prompts) -> set[str]:
