@@ -202,21 +202,19 @@ def _tokens_text(tokens: Tokens, width: int) -> str:
 
 def _table_html(table: Table) -> str:
     sides = _sides(table)
-    cell = "padding:.2em .7em .2em 0;vertical-align:top;text-align:{}"
 
     def row(cells: Sequence[str], tag: str) -> str:
         return "".join(
-            f'<{tag} style="{cell.format("right" if right else "left")}'
-            f'{";white-space:nowrap" if right else ""}"><bdi>{html.escape(readable(text))}</bdi>'
-            f"</{tag}>"
-            if text
-            else f"<{tag}></{tag}>"
+            f'<{tag} style="padding:.2em .7em .2em 0;vertical-align:top;'
+            f"text-align:{'right' if right else 'left'};"
+            f'{"white-space:nowrap" if len(text) < 30 else "min-width:12em"}">'
+            f"<bdi>{html.escape(readable(text)) if text else ''}</bdi></{tag}>"
             for text, right in zip(cells, sides, strict=True)
         )
 
     body = "".join(f"<tr>{row(each, 'td')}</tr>" for each in table.rows)
     return (
-        '<div style="overflow-x:auto"><table style="border-collapse:collapse;margin:.4em 0;'
-        f'font-size:.9em"><thead><tr>{row(table.names, "th")}</tr></thead><tbody>{body}</tbody>'
+        '<div style="overflow-x:auto"><table style="border-collapse:collapse;color:inherit;'
+        f'margin:.4em 0;font-size:.9em"><thead><tr>{row(table.names, "th")}</tr></thead><tbody>{body}</tbody>'
         "</table></div>"
     )

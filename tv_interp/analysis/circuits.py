@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from ..interventions.recording import Recorded
 from ..models.adapter import Adapter
 from ..prompts import Contrast
 from ..scores import Metric, Scores
+from ..scores.statistics import bootstrap, cluster_ids
 from .common import Direction
 from .edges import Method, score_edges
 from .graph import END, Demos, RoleGraph, node_of, split_edge
@@ -45,11 +46,14 @@ class Circuit(Shown):
         edges: Weight of each edge by name: the mean score that it was chosen by, positive where it
             carries the task.
         attrs: Provenance as plain values: model, task, corruption, method, direction, rule.
+        intervals: 95 % interval of the weight of each edge, on the prompts that chose it; empty
+            where it is not known.
     """
 
     graph: RoleGraph
     edges: Mapping[str, float]
     attrs: Mapping[str, Any]
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse edges that the graph does not have."""
@@ -102,7 +106,9 @@ class Circuit(Shown):
 
     def __or__(self, other: Circuit) -> Circuit:
         """Edges of either; weights of this one where both have them."""
-        return self._with(dict(self._same(other).edges) | dict(self.edges))
+        both = dict(self._same(other).edges) | dict(self.edges)
+        theirs = {e: ends for e, ends in other.intervals.items() if e not in self.edges}
+        return replace(self, intervals=theirs | dict(self.intervals))._with(both)
 
     def __and__(self, other: Circuit) -> Circuit:
         """Edges of both."""
@@ -116,7 +122,8 @@ class Circuit(Shown):
 
     def _with(self, edges: dict[str, float]) -> Circuit:
         ordered = {e: edges[e] for e in sorted(edges, key=self.graph.number_of.__getitem__)}
-        return replace(self, edges=ordered)
+        intervals = {e: self.intervals[e] for e in ordered if e in self.intervals}
+        return replace(self, edges=ordered, intervals=intervals)
 
     def _same(self, other: Circuit) -> Circuit:
         if self.graph != other.graph:
@@ -160,6 +167,7 @@ class Circuit(Shown):
             "attrs": dict(self.attrs),
             "graph": graph,
             "edges": {edge: float(weight) for edge, weight in self.edges.items()},
+            "intervals": {edge: list(ends) for edge, ends in self.intervals.items()},
         }
         write_text(path, json.dumps(content, indent=1) + "\n")
 
@@ -180,12 +188,16 @@ class Circuit(Shown):
             graph["places"] = tuple(graph["places"])
             graph["sees"] = frozenset((str(s), str(d)) for s, d in graph["sees"])
             edges = {str(e): float(w) for e, w in content["edges"].items()}
+            intervals = {
+                str(e): (float(lo), float(hi))
+                for e, (lo, hi) in content.get("intervals", {}).items()
+            }
             made = RoleGraph(**graph)
         except OSError as error:
             raise FileError(f"cannot read {path}: {error.strerror}") from error
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise FileError(f"{path} is no circuit file of tv_interp: {error}") from error
-        return cls(made, edges, content.get("attrs", {}))
+        return cls(made, edges, content.get("attrs", {}), intervals)
 
     def to_pandas(self) -> pd.DataFrame:
         """Write one row an edge: its ends, via which input, places and weight."""
@@ -233,8 +245,12 @@ class Circuit(Shown):
             f"readers  {', '.join(self.readers) or 'none'}\n"
             f"The {len(order)} largest edges, in {unit}; + carries the task:"
         )
-        ends = [(*split_edge(edge), f"{self.edges[edge]:+.3g}") for edge in order]
-        yield Table(("from", "into", "weight"), ends)
+        rows = []
+        for edge in order:
+            ends = self.intervals.get(edge)
+            known = f"[{ends[0]:+.3g}, {ends[1]:+.3g}]" if ends else ""
+            rows.append((*split_edge(edge), f"{self.edges[edge]:+.3g}", known))
+        yield Table(("from", "into", "weight", "interval"), rows)
 
     def __str__(self) -> str:
         """Size, writers, readers and the largest edges."""
@@ -345,8 +361,16 @@ def choose_edges(
             "lower threshold"
         )
     rule = {"n_edges": n_edges} if threshold is None else {"threshold": threshold}
-    chosen = {graph.edges[i]: float(mean[i]) for i in np.flatnonzero(mask)}
-    return Circuit(graph, chosen, dict(scores.attrs) | rule)
+    kept = np.flatnonzero(mask)
+    low, high = bootstrap(scores.data.values[:, kept].astype(float), cluster_ids(scores.clusters))
+    names = [graph.edges[i] for i in kept]
+    ends = list(zip(low.tolist(), high.tolist(), strict=True)) if np.isfinite(low).all() else []
+    return Circuit(
+        graph,
+        dict(zip(names, mean[kept].astype(float).tolist(), strict=True)),
+        dict(scores.attrs) | rule,
+        dict(zip(names, ends, strict=False)),  # none from one query item
+    )
 
 
 def _size(graph: RoleGraph) -> str:

@@ -119,6 +119,12 @@ class CircuitReport(Shown):
         self.circuit.save(where / "circuit.json")
         write_text(where / "report.json", json.dumps(self.to_dict(), indent=2) + "\n")
 
+    def plot(self, **options: Any) -> Any:
+        """Draw the circuit, with what each node is worth; see `tv_interp.show.circuit`."""
+        from ..show.circuit import plot_circuit
+
+        return plot_circuit(self.circuit, lost=self.minimality, **options)
+
     def __str__(self) -> str:
         """Write as a table."""
         circuit, about = self.circuit, self.settings
