@@ -215,6 +215,6 @@ def _table_html(table: Table) -> str:
     body = "".join(f"<tr>{row(each, 'td')}</tr>" for each in table.rows)
     return (
         '<div style="overflow-x:auto"><table style="border-collapse:collapse;color:inherit;'
-        f'margin:.4em 0;font-size:.9em"><thead><tr>{row(table.names, "th")}</tr></thead><tbody>{body}</tbody>'
-        "</table></div>"
+        f'margin:.4em 0;font-size:.9em"><thead><tr>{row(table.names, "th")}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
     )

@@ -179,9 +179,7 @@ def _menu(
     }  # fmt: skip
 
 
-def _nodes(
-    where: _Places, nodes: list[str], lost: Mapping[str, Interval]
-) -> list[dict[str, Any]]:
+def _nodes(where: _Places, nodes: list[str], lost: Mapping[str, Interval]) -> list[dict[str, Any]]:
     """Draw the nodes, one trace a kind, with their names."""
     kinds: Mapping[str, list[str]] = {kind: [] for kind in LOOKS}
     for node in nodes:
@@ -198,7 +196,7 @@ def _nodes(
         out.append(
             {
                 "type": "scatter", "mode": "markers+text", "x": x, "y": y, "text": label,
-                "textposition": "middle right", "textfont": {"size": 10}, "name": name,
+                "textposition": "bottom center", "textfont": {"size": 10}, "name": name,
                 "hovertext": [n + _loss(lost.get(n)) for n in members], "hoverinfo": "text",
                 "customdata": members,
                 "marker": {"symbol": symbol, "size": size, "color": "#fff",

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import TvInterpError, unknown
+from ..errors import TvInterpError
 from ..files import whole_file
 
 if TYPE_CHECKING:
@@ -49,19 +49,18 @@ def save_figure(figure: go.Figure, path: str | os.PathLike, *, width: float = 6.
 
     Args:
         figure: What any ``plot`` method or function of this package returned.
-        path: File that ends in ``.svg``, ``.pdf`` or ``.png``; the same figure gives the same bytes.
+        path: File that ends in ``.svg``, ``.pdf`` or ``.png``; one figure gives the same bytes.
         width: Width of the plot in inches, without the labels around it.
 
     Raises:
-        UnknownName: for another ending.
-        TvInterpError: if matplotlib is not installed, or the figure has a kind of trace that no
-            figure of this package has.
+        TvInterpError: for another ending, without matplotlib, or for a kind of trace that no figure
+            of this package has.
         FileError: if the file cannot be written.
     """
     path = Path(path)
     kind = path.suffix.removeprefix(".").lower()
     if kind not in FORMATS:
-        raise unknown("figure format", path.suffix or path.name, FORMATS)
+        raise TvInterpError(f"expected a file that ends in .svg, .pdf or .png, got {path.name!r}")
     try:
         import matplotlib
     except ImportError as error:
@@ -98,7 +97,7 @@ class _Drawing:
             )
             if draw is None:
                 raise TvInterpError(
-                    f"expected a figure of heatmaps, lines and bars, got a trace {trace['type']!r}: "
+                    f"expected heatmaps, lines and bars, got a trace {trace['type']!r}: "
                     "save_figure draws the figures of tv_interp"
                 )
             draw(trace)
@@ -160,8 +159,7 @@ class _Drawing:
         z = np.array([[np.nan if v is None else v for v in row] for row in trace["z"]], float)
         x, y = self._numbers(trace, "x"), self._numbers(trace, "y")
         stops = [(float(at), color(name)) for at, name in trace["colorscale"]]
-        colors = LinearSegmentedColormap.from_list("scale", stops)
-        colors.set_bad("#dddddd")
+        colors = LinearSegmentedColormap.from_list("scale", stops).with_extremes(bad="#dddddd")
         gap = 0.6 if trace.get("xgap") else 0
         mesh = ax.pcolormesh(
             _edges(x), _edges(y), np.ma.masked_invalid(z), cmap=colors, vmin=trace.get("zmin"),
@@ -185,7 +183,11 @@ class _Drawing:
     def _scatter(self, trace: Mapping[str, Any]) -> None:
         ax = self._ax(trace)
         x, y = self._numbers(trace, "x"), self._numbers(trace, "y")
-        mode, line, marker = trace.get("mode", "lines"), trace.get("line", {}), trace.get("marker", {})
+        mode, line, marker = (
+            trace.get("mode", "lines"),
+            trace.get("line", {}),
+            trace.get("marker", {}),
+        )
         symbol = marker.get("symbol", "circle")
         edge = marker.get("line", {})
         ink = color(line.get("color") or marker.get("color") or edge.get("color") or "#0072B2")
@@ -196,10 +198,11 @@ class _Drawing:
             "linewidth": line.get("width", 2) * POINT,
         }  # fmt: skip
         if "markers" in mode:
+            hollow = symbol.endswith("-open")
             look |= {
                 "marker": SYMBOLS.get(symbol, "o"), "markersize": marker.get("size", 6) * POINT,
-                "markerfacecolor": "none" if symbol.endswith("-open") else fill,
-                "markeredgecolor": fill if symbol.endswith("-open") else color(edge.get("color", fill)),
+                "markerfacecolor": "none" if hollow else fill,
+                "markeredgecolor": fill if hollow else color(edge.get("color", fill)),
                 "markeredgewidth": edge.get("width", 1) * POINT,
             }  # fmt: skip
         (handle,) = ax.plot(x, y, **look)
@@ -208,8 +211,8 @@ class _Drawing:
         if "text" in mode:
             for col, row, text in zip(x, y, trace["text"], strict=True):
                 ax.annotate(
-                    plain(text), (col, row), (5, 0), textcoords="offset points", fontsize=7,
-                    va="center", zorder=4,
+                    plain(text), (col, row), (0, -6), textcoords="offset points", fontsize=7,
+                    ha="center", va="top", zorder=4,
                 )  # fmt: skip
         self._list(trace, handle)
 
@@ -288,6 +291,8 @@ class _Drawing:
             if axis.get("type") == "log":
                 getattr(ax, f"set_{letter}scale")("log")
             limits = getattr(ax, f"set_{letter}lim")
+            if known is not None:
+                limits(-0.5, len(known) - 0.5)
             if axis.get("range") and axis.get("type") != "log":
                 limits(*axis["range"])
             if axis.get("autorange") == "reversed":
