@@ -74,6 +74,7 @@ class CircuitReport(Shown):
         equivalence: p-value of the hypothesis that the win rate is within .1 of one half; small
             says that circuit and model differ (Shi et al. 2024).
         settings: Provenance: model, task, corruption, ablation, metric.
+        contrast: The prompts it was measured on; None where they are not at hand. Not saved.
     """
 
     circuit: Circuit
@@ -85,6 +86,7 @@ class CircuitReport(Shown):
     win_rate: float
     equivalence: float
     settings: Mapping[str, Any]
+    contrast: Contrast | None = None
 
     @property
     def random_pvalue(self) -> float:
@@ -224,6 +226,7 @@ def evaluate_circuit(
         wins / len(contrast),
         equivalence_pvalue(wins, len(contrast)),
         settings | {"ablation": ablation, "seed": seed},
+        contrast,
     )
 
 
