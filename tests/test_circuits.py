@@ -277,7 +277,7 @@ def test_a_circuit_is_drawn_with_its_largest_edges_signs_and_roles():
         assert f"{row['weight']:+.3g}" in line.text[0]
     widths = [line.line.width for line in lines]
     assert widths == sorted(widths) and widths[-1] == 7  # the largest is drawn last
-    nodes = [name for trace in figure.data if trace.mode != "lines" for name in trace.hovertext]
+    nodes = [name for trace in figure.data if trace.mode != "lines" for name in trace.customdata]
     assert set(nodes) == {*largest.sender, *largest.receiver}
     assert list(figure.layout.xaxis.ticktext) == [
         place for place in circuit.graph.places if place in {*largest.src, *largest.dest}

@@ -103,6 +103,8 @@ def test_circuit_and_saliency_write_what_they_print(capsys, tmp_path, monkeypatc
     printed = json.loads(out)
     assert printed == json.loads((tmp_path / "report.json").read_text())
     assert len(tv.Circuit.load(tmp_path / "circuit.json")) == printed["n_edges"] > 0
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert "tv-interp circuit" in page and str(printed["faithfulness"]["value"]) in page
     code, out, _ = run(capsys, "saliency", *sizes)
     assert code == 0 and [row["layer"] for row in json.loads(out)] == [0, 1]
     assert tv.Scores.load(tmp_path / "saliency.nc").data.sizes["layer"] == 2

@@ -17,10 +17,13 @@ import pytest
 import xarray as xr
 from markupsafe import escape
 
+from tv_interp.analysis.circuits import discover_circuit
+from tv_interp.analysis.faithfulness import CircuitReport, evaluate_circuit
 from tv_interp.analysis.find import HeadReport, find_heads
 from tv_interp.analysis.heads import patch_heads
 from tv_interp.errors import FileError, ScoreError, TvInterpError, UnknownName
 from tv_interp.models import planted
+from tv_interp.prompts import Contrast, make_prompts
 from tv_interp.scores import Scores
 from tv_interp.show import plots, views
 from tv_interp.show.report import effects_by_demo, write_report
@@ -53,6 +56,29 @@ def found() -> HeadReport:
 def nothing() -> HeadReport:
     case = planted.build("nothing")
     return find_heads(case.model, case.task, n_demos=3, n_prompts=8, corruptions=case.corruptions)
+
+
+@functools.cache
+def circuit_report() -> CircuitReport:
+    case = planted.build("write_then_read")
+    prompts = make_prompts(case.model, case.task, n_demos=3, n_prompts=16)
+    first, second = (prompts.select(half).corrupt("inputs") for half in (range(8), range(8, 16)))
+    circuit = discover_circuit(case.model, first, method="eap", n_edges=30)
+    return evaluate_circuit(case.model, second, circuit, n_random=5)
+
+
+def evil_circuit() -> CircuitReport:
+    report = circuit_report()
+    tokenizer = EvilTokenizer(report.contrast.clean.tokenizer)
+    sides = (report.contrast.clean, report.contrast.corrupted)
+    contrast = Contrast(*(replace(side, tokenizer=tokenizer) for side in sides), EVIL)
+    attrs = {**report.circuit.attrs, "model": EVIL, "method": EVIL}
+    return replace(
+        report,
+        circuit=replace(report.circuit, attrs=attrs),
+        contrast=contrast,
+        settings={**report.settings, "task": EVIL, "corruption": EVIL, "model": EVIL},
+    )
 
 
 class EvilTokenizer:
@@ -313,6 +339,9 @@ def pages(tmp_path_factory) -> dict[str, Path]:
     write_report(folder / "found.html", found(), None, command=f"tv-interp {EVIL}")
     write_report(folder / "nothing.html", nothing())
     write_report(folder / "evil.html", evil(), scores(layer=2, head=2))
+    write_report(folder / "circuit.html", circuit_report())
+    write_report(folder / "evil-circuit.html", evil_circuit())
+    write_report(folder / "both.html", found(), scores(layer=2, head=2), circuit_report())
     return {path.stem: path for path in folder.iterdir()}
 
 
@@ -365,7 +394,40 @@ def test_the_report_has_the_numbers_of_the_report(pages):
         assert words in text.split('id="summary-text"')[1].split("</p>")[0]
 
 
-@pytest.mark.parametrize("name", ["found", "nothing", "evil"])
+@pytest.mark.parametrize("name", ["circuit", "both"])
+def test_a_circuits_section_has_the_numbers_of_the_saved_files(pages, name, tmp_path):
+    report = circuit_report()
+    report.save(tmp_path)
+    saved = json.loads((tmp_path / "report.json").read_text("utf-8"))
+    text = pages[name].read_text("utf-8")
+    if name == "circuit":
+        embedded = re.search(r'id="report-json">(.*?)</script>', text, flags=re.DOTALL)
+        assert embedded is not None and json.loads(embedded[1]) == saved
+        assert str(escape("tv.find_circuit(tv.load_model(")) in text
+        rows = [re.sub(r"<[^>]+>", " ", row) for row in re.findall('<div class="tokens".*', text)]
+        assert len(rows) == 6 and "query_is" in rows[0]
+    (table,) = re.findall(r'<table class="evaluation">.*?</table>', text, re.S)
+    wanted = [tuple(saved[k].values()) for k in ("faithfulness", "completeness")]
+    assert cells(table, "<tr>.*?</tr>") == wanted
+    one = float(re.search(r'class="n random" data-value="([^"]*)"', table)[1])
+    assert one == pytest.approx(np.mean(saved["random"]))
+    assert f'class="n size" data-value="{saved["size"]}"' in table
+    (table,) = re.findall(r'<table class="sortable minimality">.*?</table>', text, re.S)
+    assert cells(table, "<tr>.*?</tr>") == [tuple(i.values()) for i in saved["minimality"].values()]
+    edges = json.loads((tmp_path / "circuit.json").read_text("utf-8"))["edges"]
+    (table,) = re.findall(r'<table class="sortable edges">.*?</table>', text, re.S)
+    found = [
+        (html.unescape(f"{sender}->{into}"), float(weight))
+        for sender, into, weight in re.findall(
+            r'<td class="w">(.*?)</td><td class="w">(.*?)</td><td class="n" data-value="(.*?)">',
+            table,
+        )
+    ]
+    assert dict(found) == edges
+    assert [abs(w) for _, w in found] == sorted(map(abs, edges.values()), reverse=True)
+
+
+@pytest.mark.parametrize("name", ["found", "nothing", "evil", "circuit", "both", "evil-circuit"])
 def test_a_report_is_one_small_file_that_names_no_place_to_load_from(pages, name):
     text = pages[name].read_text("utf-8")
     assert len(text.encode()) < 8_000_000
@@ -374,7 +436,7 @@ def test_a_report_is_one_small_file_that_names_no_place_to_load_from(pages, name
     page = Elements(rest)
     assert {tag for tag, _ in page.seen}.isdisjoint({"img", "link", "iframe", "object", "base"})
     places = [attrs[k] for _, attrs in page.seen for k in ("src", "href", "action") if k in attrs]
-    assert len(places) > 20 and all(place.startswith("#") for place in places)
+    assert len(places) > 8 and all(place.startswith("#") for place in places)
     assert not re.search(r"@import|\bfetch\(|\bimport\(|url\(|XMLHttp|https?:", rest)
     (policy,) = [attrs["content"] for _, attrs in page.seen if "http-equiv" in attrs]
     assert "default-src 'none'" in policy and "connect-src 'none'" in policy
@@ -421,8 +483,10 @@ def test_effects_by_demonstration_are_those_of_patch_heads():
 def test_write_report_refuses_what_it_cannot_show(tmp_path):
     with pytest.raises(TvInterpError, match=r"expected a HeadReport .*got dict"):
         write_report(tmp_path / "r.html", {})
-    with pytest.raises(TvInterpError, match="cannot show a str"):
+    with pytest.raises(TvInterpError, match="cannot show a str after a HeadReport"):
         write_report(tmp_path / "r.html", found(), "flow")
+    with pytest.raises(TvInterpError, match="cannot show a Scores after a CircuitReport"):
+        write_report(tmp_path / "r.html", circuit_report(), scores(layer=2, head=2))
     assert not list(tmp_path.iterdir())
     with pytest.raises(FileError, match="cannot write"):
         write_report(tmp_path / "missing" / "r.html", nothing())

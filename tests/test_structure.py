@@ -15,6 +15,7 @@ PACKAGE = Path(tv.__file__).parent
 STAIRCASE = (
     "errors",
     "files",
+    "display",
     "prompts.tasks",
     "prompts",
     "models",
@@ -30,6 +31,7 @@ EXCEPTIONS = {
     # result objects import how they are drawn when that is asked for
     ("scores.scores", "show"),
     ("analysis.circuits", "show"),
+    ("analysis.faithfulness", "show"),
 }
 
 
@@ -158,6 +160,7 @@ def test_the_public_names_are_these_and_all_of_them_load():
         "run_sweep",
         "run_variants",
         "saliency_flow",
+        "save_figure",
         "score_edges",
         "write_report",
     ]

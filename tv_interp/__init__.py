@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from .models.load import load_model
     from .prompts import Contrast, Prompts, Role, Task, get_task, list_tasks, make_prompts
     from .scores import Metric, Scores
+    from .show.paper import save_figure
     from .show.report import write_report
     from .sweep.compare import compare_heads, depth_profile
     from .sweep.plan import Cell, Plan
@@ -139,6 +140,7 @@ _HOME = {
     "saliency_flow": ".analysis.saliency",
     "Metric": ".scores",
     "Scores": ".scores",
+    "save_figure": ".show.paper",
     "write_report": ".show.report",
     "compare_heads": ".sweep.compare",
     "depth_profile": ".sweep.compare",
@@ -226,6 +228,7 @@ __all__ = [  # noqa: PLE0604
     "run_sweep",
     "run_variants",
     "saliency_flow",
+    "save_figure",
     "score_edges",
     "write_report",
 ]

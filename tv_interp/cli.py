@@ -165,7 +165,7 @@ def circuit(
             label_rate or rank.
         ablation: What edges outside of the circuit carry.
         backend: TransformerLens class.
-        out: Directory for circuit.json and report.json.
+        out: Directory for circuit.json, report.json and report.html.
         json: Print JSON instead of a table.
     """
     from .analysis.discovery import find_circuit
@@ -195,8 +195,11 @@ def circuit(
     )
     print(_dumps(report.to_dict()) if json else report)
     if directory is not None:
+        from .show.report import write_report
+
         report.save(directory)
-        _say_written(directory, ("circuit.json", "report.json"), json)
+        write_report(directory / "report.html", report, command=_command())
+        _say_written(directory, ("circuit.json", "report.json", "report.html"), json)
 
 
 def saliency(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool
 
+from ..display import Shown, Table, as_text
 from ..errors import FileError, TvInterpError
 from ..files import write_text
 from ..interventions.recording import Recorded
 from ..models.adapter import Adapter
 from ..prompts import Contrast
 from ..scores import Metric, Scores
+from ..scores.statistics import bootstrap, cluster_ids
 from .common import Direction
 from .edges import Method, score_edges
 from .graph import END, Demos, RoleGraph, node_of, split_edge
@@ -29,10 +31,12 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 FORMAT = "tv_interp.Circuit 1"
+SHOWN = 10
+"""Edges that are shown when a circuit is printed."""
 
 
 @dataclass(frozen=True, eq=False)
-class Circuit:
+class Circuit(Shown):
     """Edges of a graph of roles, each with a weight.
 
     Two circuits are equal if they have the same edges in the same graph, whatever the weights.
@@ -42,11 +46,14 @@ class Circuit:
         edges: Weight of each edge by name: the mean score that it was chosen by, positive where it
             carries the task.
         attrs: Provenance as plain values: model, task, corruption, method, direction, rule.
+        intervals: 95 % interval of the weight of each edge, on the prompts that chose it; empty
+            where it is not known.
     """
 
     graph: RoleGraph
     edges: Mapping[str, float]
     attrs: Mapping[str, Any]
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse edges that the graph does not have."""
@@ -99,7 +106,9 @@ class Circuit:
 
     def __or__(self, other: Circuit) -> Circuit:
         """Edges of either; weights of this one where both have them."""
-        return self._with(dict(self._same(other).edges) | dict(self.edges))
+        both = dict(self._same(other).edges) | dict(self.edges)
+        theirs = {e: ends for e, ends in other.intervals.items() if e not in self.edges}
+        return replace(self, intervals=theirs | dict(self.intervals))._with(both)
 
     def __and__(self, other: Circuit) -> Circuit:
         """Edges of both."""
@@ -113,7 +122,8 @@ class Circuit:
 
     def _with(self, edges: dict[str, float]) -> Circuit:
         ordered = {e: edges[e] for e in sorted(edges, key=self.graph.number_of.__getitem__)}
-        return replace(self, edges=ordered)
+        intervals = {e: self.intervals[e] for e in ordered if e in self.intervals}
+        return replace(self, edges=ordered, intervals=intervals)
 
     def _same(self, other: Circuit) -> Circuit:
         if self.graph != other.graph:
@@ -157,6 +167,7 @@ class Circuit:
             "attrs": dict(self.attrs),
             "graph": graph,
             "edges": {edge: float(weight) for edge, weight in self.edges.items()},
+            "intervals": {edge: list(ends) for edge, ends in self.intervals.items()},
         }
         write_text(path, json.dumps(content, indent=1) + "\n")
 
@@ -177,12 +188,16 @@ class Circuit:
             graph["places"] = tuple(graph["places"])
             graph["sees"] = frozenset((str(s), str(d)) for s, d in graph["sees"])
             edges = {str(e): float(w) for e, w in content["edges"].items()}
+            intervals = {
+                str(e): (float(lo), float(hi))
+                for e, (lo, hi) in content.get("intervals", {}).items()
+            }
             made = RoleGraph(**graph)
         except OSError as error:
             raise FileError(f"cannot read {path}: {error.strerror}") from error
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise FileError(f"{path} is no circuit file of tv_interp: {error}") from error
-        return cls(made, edges, content.get("attrs", {}))
+        return cls(made, edges, content.get("attrs", {}), intervals)
 
     def to_pandas(self) -> pd.DataFrame:
         """Write one row an edge: its ends, via which input, places and weight."""
@@ -220,6 +235,26 @@ class Circuit:
         from ..show.circuit import plot_circuit
 
         return plot_circuit(self, **options)
+
+    def _blocks(self) -> Iterator[str | Table]:
+        unit = self.attrs.get("unit", "logits")
+        order = sorted(self.edges, key=lambda edge: -abs(self.edges[edge]))[:SHOWN]
+        yield repr(self)
+        yield (
+            f"writers  {', '.join(self.writers) or 'none'}\n"
+            f"readers  {', '.join(self.readers) or 'none'}\n"
+            f"The {len(order)} largest edges, in {unit}; + carries the task:"
+        )
+        rows = []
+        for edge in order:
+            ends = self.intervals.get(edge)
+            known = f"[{ends[0]:+.3g}, {ends[1]:+.3g}]" if ends else ""
+            rows.append((*split_edge(edge), f"{self.edges[edge]:+.3g}", known))
+        yield Table(("from", "into", "weight", "interval"), rows)
+
+    def __str__(self) -> str:
+        """Size, writers, readers and the largest edges."""
+        return as_text(self._blocks())
 
     def __repr__(self) -> str:
         """Size, and what it was found in."""
@@ -326,8 +361,16 @@ def choose_edges(
             "lower threshold"
         )
     rule = {"n_edges": n_edges} if threshold is None else {"threshold": threshold}
-    chosen = {graph.edges[i]: float(mean[i]) for i in np.flatnonzero(mask)}
-    return Circuit(graph, chosen, dict(scores.attrs) | rule)
+    kept = np.flatnonzero(mask)
+    low, high = bootstrap(scores.data.values[:, kept].astype(float), cluster_ids(scores.clusters))
+    names = [graph.edges[i] for i in kept]
+    ends = list(zip(low.tolist(), high.tolist(), strict=True)) if np.isfinite(low).all() else []
+    return Circuit(
+        graph,
+        dict(zip(names, mean[kept].astype(float).tolist(), strict=True)),
+        dict(scores.attrs) | rule,
+        dict(zip(names, ends, strict=False)),  # none from one query item
+    )
 
 
 def _size(graph: RoleGraph) -> str:

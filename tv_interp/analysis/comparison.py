@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import xarray as xr
 
+from ..display import Shown, wrapped
 from ..errors import PromptError, TvInterpError
 from ..files import make_directory, write_text
 from ..interventions.recording import batches, check_memory, last_logits, record_run
@@ -99,8 +100,8 @@ class CurveRow:
     metrics: Mapping[str, float]
 
 
-@dataclass(frozen=True, eq=False)
-class VectorReport:
+@dataclass(frozen=True, eq=False, repr=False)
+class VectorReport(Shown):
     """What `compare_vectors` measured.
 
     Attributes:
@@ -600,16 +601,3 @@ def _table(report: VectorReport) -> list[str]:
     if report.notes:
         lines += ["", *(f"Note: {note}" for note in report.notes)]
     return wrapped(lines)
-
-
-def wrapped(lines: Sequence[str]) -> list[str]:
-    """Break lines longer than 80 columns."""
-    import textwrap
-
-    return [
-        part
-        for line in lines
-        for part in (
-            textwrap.wrap(line, 80, subsequent_indent="    ") if len(line) > 80 else [line]
-        )
-    ]

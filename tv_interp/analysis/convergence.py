@@ -17,6 +17,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
+from ..display import Shown
 from ..errors import PromptError, TvInterpError, unknown
 from ..interventions.engine import run_variants
 from ..interventions.recording import last_logits, record_run
@@ -66,8 +67,8 @@ def share_of(scores: Scores, site: str, whole: str, *, base: str | None = None) 
 # ------------------------------------------------------------------------------------ convergence
 
 
-@dataclass(frozen=True, eq=False)
-class Convergence:
+@dataclass(frozen=True, eq=False, repr=False)
+class Convergence(Shown):
     """What `measure_convergence` found.
 
     Attributes:

@@ -28,6 +28,7 @@ from jaxtyping import Bool, Float
 from scipy import stats
 from tqdm import tqdm
 
+from ..display import Shown
 from ..errors import ScoreError, TvInterpError
 from ..files import make_directory, write_text
 from ..interventions.recording import Recorded
@@ -58,8 +59,8 @@ class Interval(NamedTuple):
         return f"{self.value:.2f} [{self.lo:.2f}, {self.hi:.2f}]"
 
 
-@dataclass(frozen=True, eq=False)
-class CircuitReport:
+@dataclass(frozen=True, eq=False, repr=False)
+class CircuitReport(Shown):
     """What `evaluate_circuit` measured.
 
     Attributes:
@@ -73,6 +74,7 @@ class CircuitReport:
         equivalence: p-value of the hypothesis that the win rate is within .1 of one half; small
             says that circuit and model differ (Shi et al. 2024).
         settings: Provenance: model, task, corruption, ablation, metric.
+        contrast: The prompts it was measured on; None where they are not at hand. Not saved.
     """
 
     circuit: Circuit
@@ -84,6 +86,7 @@ class CircuitReport:
     win_rate: float
     equivalence: float
     settings: Mapping[str, Any]
+    contrast: Contrast | None = None
 
     @property
     def random_pvalue(self) -> float:
@@ -117,6 +120,12 @@ class CircuitReport:
         where = make_directory(directory)
         self.circuit.save(where / "circuit.json")
         write_text(where / "report.json", json.dumps(self.to_dict(), indent=2) + "\n")
+
+    def plot(self, **options: Any) -> Any:
+        """Draw the circuit, with what each node is worth; see `tv_interp.show.circuit`."""
+        from ..show.circuit import plot_circuit
+
+        return plot_circuit(self.circuit, lost=self.minimality, **options)
 
     def __str__(self) -> str:
         """Write as a table."""
@@ -217,6 +226,7 @@ def evaluate_circuit(
         wins / len(contrast),
         equivalence_pvalue(wins, len(contrast)),
         settings | {"ablation": ablation, "seed": seed},
+        contrast,
     )
 
 

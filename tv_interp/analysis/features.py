@@ -16,6 +16,7 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float, Int
 
+from ..display import Shown
 from ..errors import TvInterpError
 from ..models.adapter import Adapter
 from ..prompts import Prompts, get_task, make_prompts
@@ -48,8 +49,8 @@ CONCRETE: dict[str, tuple[str, Level]] = {
 coordinates in steps of 4, continent."""
 
 
-@dataclass(frozen=True, eq=False)
-class Geometry:
+@dataclass(frozen=True, eq=False, repr=False)
+class Geometry(Shown):
     """What `measure_geometry` found.
 
     Attributes:

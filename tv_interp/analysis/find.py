@@ -19,14 +19,14 @@ import itertools
 import json
 import math
 import os
-import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from ..display import Shown, Table, wrapped
 from ..errors import PromptError, TvInterpError, unknown
 from ..files import make_directory, write_text
 from ..interventions.recording import Recorded, record
@@ -135,8 +135,8 @@ class JointEffect:
     pvalue: float | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class HeadReport:
+@dataclass(frozen=True, eq=False, repr=False)
+class HeadReport(Shown):
     """What `find_heads` found.
 
     Attributes:
@@ -214,6 +214,19 @@ class HeadReport:
         if self.paths is not None:
             groups["paths"] = self.paths._to_dataset()
         save_groups(groups, directory / "scores.nc")
+
+    def _blocks(self) -> Iterator[str | Table]:
+        yield "\n".join(_heading(self))
+        rows = []
+        for head in self.found:
+            name = f"L{head.site.layer}H{head.site.head}"
+            by = {(e.corruption, e.direction): e for e in head.effects}
+            for kind in dict.fromkeys(e.corruption for e in head.effects):
+                shares = [_share(by[kind, d]) for d in DIRECTIONS]
+                rows.append((name, head.label, kind, *shares, head.verdict, _reads(head)))
+        names = ("head", "label", "corruption", *DIRECTIONS, "verdict", "by source")
+        yield Table(names, rows) if rows else "No head was found."
+        yield from (f"Note: {note}" for note in self.notes)
 
     def __str__(self) -> str:
         """A table at 80 columns."""
@@ -715,16 +728,27 @@ def _share(effect: Effect) -> str:
     return f"{effect.recovered:+.2f} [{effect.lo:+.2f},{effect.hi:+.2f}]{mark}"
 
 
-def _table(report: HeadReport) -> list[str]:
-    """Lay the report out at 80 columns."""
+def _heading(report: HeadReport) -> list[str]:
     s = report.settings
-    clean = report.clean_accuracy
-    lines = [
+    return [
         f"{s['task']} on {s['model']}: {s['n_demos']} demonstrations, "
-        f"accuracy {clean:.2f} (test split)",
+        f"accuracy {report.clean_accuracy:.2f} (test split)",
         "Share of the total recovered [95 % interval], test split; + carries the task.",
         "ns: not found on the selection split.",
     ]
+
+
+def _reads(head: FoundHead) -> str:
+    """List the largest parts of a head's effect by the role of what it reads."""
+    split = sorted(
+        ((role, v) for role, v in head.sources.items() if role != "all"), key=lambda p: -abs(p[1])
+    )
+    return ", ".join(f"{role} {v:+.2f}" for role, v in split[:4] if abs(v) >= 0.005) or "none"
+
+
+def _table(report: HeadReport) -> list[str]:
+    """Lay the report out at 80 columns."""
+    lines = _heading(report)
     titles = {
         "writers": "WRITERS at the answers: carry there what they read elsewhere",
         "copiers": "COPIERS at the answers: pass on only the answer's own word",
@@ -742,12 +766,8 @@ def _table(report: HeadReport) -> list[str]:
                 tag = f"L{head.site.layer}H{head.site.head}" if i == 0 else ""
                 both = "".join(f"{_share(by[kind, d]):<25}" for d in DIRECTIONS)
                 lines.append(f"  {tag:<7}{kind:<16}{both}".rstrip())
-            split = sorted(
-                ((r, v) for r, v in head.sources.items() if r != "all"), key=lambda p: -abs(p[1])
-            )
-            reads = ", ".join(f"{r} {v:+.2f}" for r, v in split[:4] if abs(v) >= 0.005)
             extra = "; local-vector writer" if head.local_vector else ""
-            lines.append(f"         {head.verdict}{extra}; by source: {reads or 'none'}")
+            lines.append(f"         {head.verdict}{extra}; by source: {_reads(head)}")
     if report.joint:
         lines += ["", "JOINT effects (control: layer-matched random heads, mean and range)"]
     for j in report.joint:
@@ -763,10 +783,4 @@ def _table(report: HeadReport) -> list[str]:
             lines.append("  " + control)
     if report.notes:
         lines += ["", *(f"Note: {note}" for note in report.notes)]
-    return [
-        part
-        for line in lines
-        for part in (
-            textwrap.wrap(line, 80, subsequent_indent="    ") or [""] if len(line) > 80 else [line]
-        )
-    ]
+    return wrapped(lines)

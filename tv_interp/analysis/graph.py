@@ -30,6 +30,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from ..display import Shown
 from ..errors import PromptError, TvInterpError, UnknownName, unknown
 from ..interventions.recording import batches, check_fits
 from ..models.adapter import Adapter
@@ -90,8 +91,8 @@ def place_masks(prompts: Prompts, places: Sequence[str]) -> Bool[Tensor, "prompt
     return found
 
 
-@dataclass(frozen=True)
-class RoleGraph:
+@dataclass(frozen=True, repr=False)
+class RoleGraph(Shown):
     """All edges of a model over the places of some prompts; see this module's description.
 
     Attributes:
@@ -110,6 +111,11 @@ class RoleGraph:
     order: Literal["serial", "parallel"]
     places: tuple[str, ...]
     sees: frozenset[tuple[str, str]]
+
+    def __str__(self) -> str:
+        """Size and places."""
+        size = f"{self.n_layers} layers of {self.n_heads} heads{' and MLPs' * self.has_mlp}"
+        return f"RoleGraph({len(self.edges)} edges; {size}; {', '.join(self.places)})"
 
     @classmethod
     def of(cls, model: Any, prompts: Prompts, *, demos: Demos = "joint") -> RoleGraph:

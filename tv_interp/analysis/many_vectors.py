@@ -11,7 +11,7 @@ has what the paper reports.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..display import Block, Shown, as_text
 from ..errors import ModelError, PromptError, TvInterpError, unknown
 from ..interventions.engine import run_variants
 from ..interventions.recording import last_logits
@@ -163,8 +164,8 @@ def _tensor(vectors: Vectors) -> Tensor:
 # ----------------------------------------------------------------- a combination of demonstrations
 
 
-@dataclass(frozen=True, eq=False)
-class Combination:
+@dataclass(frozen=True, eq=False, repr=False)
+class Combination(Shown):
     """What `combine_demonstrations` found.
 
     Attributes:
@@ -182,6 +183,14 @@ class Combination:
     explained: Scores
     injected: Scores
     layer: int
+
+    def _blocks(self) -> Iterator[Block]:
+        yield f"Put into layer {self.layer}, best for the vectors themselves on dev:"
+        yield from self.injected._blocks()
+
+    def __str__(self) -> str:
+        """What the reconstructions do where they are put."""
+        return as_text(self._blocks())
 
 
 def combine_demonstrations(

@@ -14,7 +14,7 @@ vector from prompts with random answers at the same layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
+from ..display import Block, Shown, as_text
 from ..errors import TvInterpError, unknown
 from ..interventions.recording import batches, check_memory, last_logits
 from ..models.adapter import Adapter, Edit, HookName
@@ -63,8 +64,8 @@ class Donors:
         return Donors(*(part.select(rows) for part in parts))  # type: ignore[arg-type]
 
 
-@dataclass(frozen=True, eq=False)
-class OneVector:
+@dataclass(frozen=True, eq=False, repr=False)
+class OneVector(Shown):
     """What `inject_one_vector` measured.
 
     Attributes:
@@ -82,6 +83,14 @@ class OneVector:
     dev: xr.DataArray
     at: Place
     donors: Donors
+
+    def _blocks(self) -> Iterator[Block]:
+        yield f"One vector at {self.at}, put into layer {self.layer} (best on dev), test prompts:"
+        yield from self.scores._blocks()
+
+    def __str__(self) -> str:
+        """Where it is put, and what it does."""
+        return as_text(self._blocks())
 
     def effect(self, part: str, base: str, over: str | None = None) -> Scores:
         """Subtract a part from another, ``[prompt]``; the total is that of ``over`` minus base."""

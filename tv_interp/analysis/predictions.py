@@ -19,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import xarray as xr
 
+from ..display import Shown
 from ..errors import TvInterpError, unknown
 from ..files import make_directory, write_text
 from ..models.adapter import Adapter
@@ -107,8 +108,8 @@ class Prediction:
     numbers: Mapping[str, float]
 
 
-@dataclass(frozen=True)
-class Predictions:
+@dataclass(frozen=True, repr=False)
+class Predictions(Shown):
     """What `check_predictions` found.
 
     Attributes:

@@ -19,6 +19,7 @@ import torch
 import xarray as xr
 from scipy import stats
 
+from ..display import Shown
 from ..errors import TvInterpError
 from ..interventions.sites import Patch, Site, Variant
 from ..models.adapter import Adapter
@@ -30,8 +31,8 @@ FIRST_LOOK = 8
 GROWTH = 1.6
 
 
-@dataclass(frozen=True, eq=False)
-class HeadRanking:
+@dataclass(frozen=True, eq=False, repr=False)
+class HeadRanking(Shown):
     """Who won a race.
 
     Attributes:

@@ -23,6 +23,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
+from ..display import Shown
 from ..errors import FileError, ModelError, PromptError, TvInterpError, unknown
 from ..interventions.engine import run_variants
 from ..interventions.recording import (
@@ -63,7 +64,7 @@ connective, and what is patched is its last token."""
 
 
 @dataclass(frozen=True, eq=False)
-class Vectors:
+class Vectors(Shown):
     """Residual streams at one role.
 
     Attributes:

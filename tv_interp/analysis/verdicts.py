@@ -17,10 +17,10 @@ from typing import Any, Literal
 import numpy as np
 import xarray as xr
 
+from ..display import Shown, wrapped
 from ..errors import FileError
 from ..files import write_text
 from ..scores import Scores
-from .comparison import wrapped
 
 Verdict = Literal["appears", "does not", "undecided"]
 Side = Literal["above", "below"]
@@ -76,8 +76,8 @@ class Claim:
     reason: str = ""
 
 
-@dataclass(frozen=True)
-class Claims:
+@dataclass(frozen=True, repr=False)
+class Claims(Shown):
     """What `check_claims` found.
 
     Attributes:

@@ -33,6 +33,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
+from ..display import Shown, wrapped
 from ..errors import ModelError, unknown
 from .planted import ANSWERS, FILLERS, TEMPLATE, Backend, PlantedTask, Sizes, make_model
 from .strands import GATES, SOURCES, Plan, node_of, place_parts, true_edges
@@ -61,8 +62,8 @@ class Truth:
     edges: frozenset[str]
 
 
-@dataclass(frozen=True)
-class PlantedCircuit:
+@dataclass(frozen=True, repr=False)
+class PlantedCircuit(Shown):
     """A generated model, its task, and the truth about it.
 
     Attributes:
@@ -88,6 +89,19 @@ class PlantedCircuit:
     def corruptions(self) -> tuple[str, ...]:
         """The corruptions under which something is true."""
         return tuple(self.truths)
+
+    def __str__(self) -> str:
+        """Nodes by what they are, and how many are true under each corruption."""
+        by_label: dict[str, list[str]] = {}
+        for node, label in self.labels.items():
+            by_label.setdefault(label, []).append(node)
+        lines = [f"{self.name}: a planted circuit, and the truth about it"]
+        lines += [f"{label:<10}{', '.join(nodes)}" for label, nodes in by_label.items()]
+        lines += [
+            f"corruption {kind}: {len(truth.nodes)} nodes, {len(truth.edges)} edges"
+            for kind, truth in self.truths.items()
+        ]
+        return "\n".join(wrapped(lines))
 
     def nodes(self, *labels: str) -> frozenset[str]:
         """Get the nodes with one of some labels."""

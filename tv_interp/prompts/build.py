@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from ..display import Shown, Tokens, as_text, readable
 from ..errors import PromptError
 from .corruptions import Words, check_corruption, corrupt_words, draw_answers
 from .roles import (
@@ -34,7 +35,7 @@ DEFAULT_TEMPLATE = "{x} is {y}\n"
 
 
 @dataclass(frozen=True, eq=False)
-class Prompts:
+class Prompts(Shown):
     """Prompts of one task in which every token knows its role.
 
     Attributes:
@@ -361,21 +362,52 @@ class Prompts:
 
     def show(self, i: int = 0, width: int = 80) -> str:
         """Write one prompt as its tokens above their roles, in lines of at most ``width``."""
-        pieces = self.tokenizer.convert_ids_to_tokens(self.tokens[i, : self.lengths[i]].tolist())
-        cells = []
-        for piece, role, demo in zip(pieces, self.role_ids[i], self.demo_ids[i], strict=False):
-            name = ROLE_NAMES[role] + (f"[{demo}]" if demo >= 0 else "")
-            text = str(piece).replace("\n", "\\n")
-            size = max(len(text), len(name))
-            cells.append((text.ljust(size), name.ljust(size)))
-        lines, line = [], []
-        for cell in [*cells, None]:
-            if cell is None or sum(len(c[0]) + 1 for c in [*line, cell]) > width:
-                lines += [" ".join(part).rstrip() for part in zip(*line, strict=True)]
-                lines.append("")
-                line = []
-            line.append(cell)
-        return "\n".join(lines[:-1])
+        return as_text([self.labelled(i)], width)
+
+    def pieces(self, i: int = 0) -> list[str]:
+        """Get the text of each token of one prompt, so that nothing of it is invisible.
+
+        A space in front is a dot and a line break an arrow; a token that is a part of a character
+        is written as its tokenizer writes it.
+        """
+        ids = self.tokens[i, : self.lengths[i]].tolist()
+        raw = self.tokenizer.convert_ids_to_tokens(ids)
+        out = []
+        for token, fallback in zip(ids, raw, strict=True):
+            text = self.tokenizer.decode([token], clean_up_tokenization_spaces=False)
+            if not text or "\ufffd" in text:
+                text = str(fallback)
+            word = text.lstrip(" ")
+            out.append(readable("·" * (len(text) - len(word)) + word))
+        return out
+
+    def roles_of(self, i: int = 0) -> list[str]:
+        """Get the role of each token of one prompt: ``bos``, ``x[0]``, ``is[0]``, ``answer[0]``."""
+        roles, demos = self.role_ids[i].tolist(), self.demo_ids[i].tolist()
+        return [
+            ROLE_NAMES[role] + (f"[{demo}]" if demo >= 0 else "")
+            for role, demo in zip(roles, demos, strict=True)
+        ][: int(self.lengths[i])]
+
+    def labelled(self, i: int = 0, title: str = "") -> Tokens:
+        """Put the tokens of one prompt above their roles, to be shown; see `show`."""
+        labels = self.roles_of(i)
+        roles = [label.split("[")[0] for label in labels]
+        return Tokens(tuple(zip(self.pieces(i), roles, labels, strict=True)), title)
+
+    def _blocks(self) -> Iterator[str | Tokens]:
+        task, sample = self.task, self.samples[0]
+        yield (
+            f"{len(self)} prompts of {task.name} ({task.family}), {self.n_demos} demonstrations, "
+            f"template {self.template!r}, seed {self.seed}"
+            + (f"; left out: {_reasons(self.dropped)}" if self.dropped else "")
+        )
+        title = f"the first; right answer {readable(sample.answer)}, foil {readable(sample.foil)}"
+        yield self.labelled(0, title)
+
+    def __str__(self) -> str:
+        """What it is made of, and the first prompt."""
+        return as_text(self._blocks())
 
     def __repr__(self) -> str:
         """Task, number, and the first prompt."""
@@ -443,7 +475,7 @@ def _reasons(dropped: Mapping[str, int]) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class Contrast:
+class Contrast(Shown):
     """Clean prompts and their corrupted twins: equal lengths and roles, row by row.
 
     The metric reads the same two tokens, ``answer`` and ``foil``, in both runs.
@@ -484,6 +516,20 @@ class Contrast:
     def select(self, rows: Sequence[int] | Tensor) -> Contrast:
         """Keep some pairs, in the order given."""
         return Contrast(self.clean.select(rows), self.corrupted.select(rows), self.corruption)
+
+    def _blocks(self) -> Iterator[str | Tokens]:
+        clean, dropped = self.clean, self.corrupted.dropped
+        yield (
+            f"{len(self)} pairs of {clean.task.name}, {clean.n_demos} demonstrations, corruption "
+            f"{self.corruption}" + (f"; left out: {_reasons(dropped)}" if dropped else "")
+        )
+        sample = clean.samples[0]
+        yield clean.labelled(0, f"the first, clean: answer {readable(sample.answer)}")
+        yield self.corrupted.labelled(0, f"the first, corrupted: foil {readable(sample.foil)}")
+
+    def __str__(self) -> str:
+        """What it is made of, and the first pair."""
+        return as_text(self._blocks())
 
     def __repr__(self) -> str:
         """Task, corruption and number."""

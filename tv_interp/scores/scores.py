@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import xarray as xr
 
+from ..display import Shown, Table, as_text
 from ..errors import FileError, ScoreError
 from ..files import whole_file
 from ..interventions.sites import Site
@@ -26,8 +27,12 @@ DIMS = (
 )  # fmt: skip
 
 
+SHOWN = 10
+"""Cells that are shown when scores are printed."""
+
+
 @dataclass(frozen=True, eq=False)
-class Scores:
+class Scores(Shown):
     """Effects of interventions, prompt by prompt.
 
     Attributes:
@@ -216,6 +221,38 @@ class Scores:
                     f"{_short(theirs)}"
                 )
         return replace(self, data=self.data + other.data)
+
+    def _blocks(self) -> Iterator[str | Table]:
+        mean = self.mean()
+        flat = mean.values.ravel()
+        order = np.argsort(-abs(np.nan_to_num(flat)), kind="stable")[:SHOWN]
+        clear = self.total_is_clear()
+        over = self._safe_total().values if clear else None
+        parts, ids = self._cells()[:, order], cluster_ids(self.clusters)
+        values = flat[order] / over.mean() if over is not None else flat[order]
+        ends = bootstrap(parts, ids, over=over)
+        yield repr(self)
+        yield (
+            ("Share of the total recovered" if clear else f"Mean in {self.unit}")
+            + f" [95 % interval], the {len(order)} largest of {flat.size}:"
+        )
+        form = "{:+.3f}" if clear else "{:+.4g}"
+        places = np.unravel_index(order, mean.shape or (1,))  # scores over prompts alone: one cell
+        labels = [mean[d].values[i] for d, i in zip(mean.dims, places, strict=False)]
+        numbers = zip(values, *ends, strict=True)
+        rows = [
+            (
+                *(str(at[i]) for at in labels),
+                form.format(v),
+                f"[{form.format(lo)}, {form.format(hi)}]",
+            )
+            for i, (v, lo, hi) in enumerate(numbers)
+        ]
+        yield Table((*map(str, mean.dims), "recovered" if clear else "mean", "interval"), rows)
+
+    def __str__(self) -> str:
+        """What was measured, and the largest cells with their intervals."""
+        return as_text(self._blocks())
 
     def __repr__(self) -> str:
         """Axes, unit, and what was measured."""

@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import TvInterpError
+from .plots import FADED
 
 if TYPE_CHECKING:
+    import pandas as pd
     import plotly.graph_objects as go
 
     from ..analysis.circuits import Circuit
+    from ..analysis.faithfulness import Interval
 
 FOR, AGAINST = "#0072B2", "#D55E00"
 LOOKS = {  # kind of node: symbol, size, name in the legend
@@ -22,21 +25,31 @@ LOOKS = {  # kind of node: symbol, size, name in the legend
     "mlp": ("diamond", 14, "MLP"),
     "logits": ("star", 18, "logits"),
 }
+LAST = "into logits"
 INPUTS = {"q": "into queries", "k": "into keys", "v": "into values", "mlp": "into MLPs"}
 _NODE = re.compile(r"L(\d+)(?:H(\d+)|\.mlp)@(.+)")
 
 
-def plot_circuit(circuit: Circuit, *, top: int | None = 80, title: str | None = None) -> go.Figure:
+def plot_circuit(
+    circuit: Circuit,
+    *,
+    top: int | None = 80,
+    lost: Mapping[str, Interval] | None = None,
+    title: str | None = None,
+) -> go.Figure:
     """Draw a circuit with its roles on x and its layers on y.
 
     An edge is blue where it carries the task and orange where it works against it, and as wide as
     its weight is large. An edge that crosses roles is attention: it goes from the role that is read
-    to the role that reads. A click in the legend takes one kind of edge away, a double click leaves
-    it alone; hovering names an edge and its weight.
+    to the role that reads. The list above the picture leaves only the paths through a node; in a
+    report or another page of ours a click on a node or an edge does so too, and a second click
+    takes it back. A click in the legend takes one kind of edge away, a double click leaves it
+    alone. Hovering names an edge, its weight and its interval.
 
     Args:
         circuit: The circuit.
         top: How many edges, the largest by absolute weight; None for all. The title says how many.
+        lost: Faithfulness lost without a node, shown where it is hovered; from `evaluate_circuit`.
         title: Title; None for what the circuit is of.
 
     Raises:
@@ -56,21 +69,27 @@ def plot_circuit(circuit: Circuit, *, top: int | None = 80, title: str | None = 
     traces: list[dict[str, Any]] = []
     named: set[str] = set()
     for row in shown.iloc[::-1].to_dict("records"):  # the largest last, on top
-        kind = INPUTS.get(str(row["via"]), "into logits")
+        kind = INPUTS.get(str(row["via"]), LAST)
         x, y = _curve(where.of(row["sender"]), where.of(row["receiver"]))
         share = abs(row["weight"]) / largest
         hover = f"{row['edge']}<br>{row['weight']:+.3g} {unit}"
+        if row["edge"] in circuit.intervals:
+            low, high = circuit.intervals[row["edge"]]
+            hover += f"<br>95 % interval {low:+.3g} to {high:+.3g}, on the prompts that chose it"
         traces.append(
             {
                 "type": "scatter", "mode": "lines", "x": x, "y": y, "name": kind,
                 "legendgroup": kind, "showlegend": kind not in named, "hoverinfo": "text",
                 "text": [hover] * len(x), "opacity": round(0.35 + 0.6 * share, 3),
+                "customdata": [row["edge"]] * len(x),
                 "line": {"color": FOR if row["weight"] > 0 else AGAINST,
                          "width": round(1 + 6 * share, 2)},
             }
         )  # fmt: skip
         named.add(kind)
-    traces += _nodes(where, sorted({*shown.sender, *shown.receiver}))
+    nodes = sorted({*shown.sender, *shown.receiver})
+    traces += _nodes(where, nodes, lost or {})
+    paths = _paths(shown.iloc[::-1])
     count = f"{len(shown)} largest of {len(table)} edges" if len(shown) < len(table) else None
     if title is None:
         about = circuit.attrs
@@ -80,9 +99,13 @@ def plot_circuit(circuit: Circuit, *, top: int | None = 80, title: str | None = 
     layout: dict[str, Any] = {
         "title": {"text": title + (f"<br><sub>{count}</sub>" if count else ""), "x": 0.01,
                   "font": {"size": 14}},
-        "height": 160 + 90 * (levels + 1), "hovermode": "closest",
+        "height": 230 + 90 * (levels + 1), "hovermode": "closest", "autosize": True,
+        "meta": {"paths": paths}, "updatemenus": [_menu(traces, nodes, paths)],
+        "legend": {"orientation": "h", "x": 0, "y": -0.09, "yanchor": "top"},
+        "modebar": {"remove": ["sendChartToCloud", "select2d", "lasso2d"]},
+        "paper_bgcolor": "rgba(255,255,255,0)", "hoverlabel": {"namelength": -1},
         "font": {"family": "system-ui, sans-serif", "size": 12, "color": "#222"},
-        "plot_bgcolor": "rgba(255,255,255,0)", "margin": {"l": 60, "r": 20, "t": 70, "b": 50},
+        "plot_bgcolor": "rgba(255,255,255,0)", "margin": {"l": 60, "r": 20, "t": 110, "b": 90},
         "xaxis": {"tickvals": list(range(len(places))), "ticktext": places, "title": "role",
                   "showgrid": False, "zeroline": False, "range": [-0.6, len(places) - 0.4]},
         "yaxis": {"tickvals": [-1, *range(levels), levels],
@@ -118,7 +141,45 @@ def _parse(node: str) -> tuple[int, int | None, str]:
     return int(match[1]), None if match[2] is None else int(match[2]), match[3]
 
 
-def _nodes(where: _Places, nodes: list[str]) -> list[dict[str, Any]]:
+def _paths(edges: pd.DataFrame) -> dict[str, list[int]]:
+    """Number the edges on the paths through each node, and through each edge."""
+    import networkx
+
+    ends = list(zip(edges.sender, edges.receiver, strict=True))
+    graph = networkx.DiGraph(ends)
+    above = {node: networkx.ancestors(graph, node) | {node} for node in graph}
+    below = {node: networkx.descendants(graph, node) | {node} for node in graph}
+
+    def through(first: str, last: str) -> set[int]:
+        return {
+            i for i, (start, end) in enumerate(ends) if end in above[first] or start in below[last]
+        }
+
+    paths = {node: sorted(through(node, node)) for node in sorted(graph)}
+    for i, (name, (start, end)) in enumerate(zip(edges.edge, ends, strict=True)):
+        paths[name] = sorted(through(start, end) | {i})
+    return paths
+
+
+def _menu(
+    traces: list[dict[str, Any]], nodes: list[str], paths: Mapping[str, list[int]]
+) -> dict[str, Any]:
+    """Make the list of nodes whose paths can be left alone."""
+    edges = [i for i, trace in enumerate(traces) if trace["mode"] == "lines"]
+    look = [traces[i]["opacity"] for i in edges]
+    buttons = [{"label": "all paths", "method": "restyle", "args": [{"opacity": look}, edges]}]
+    for node in nodes:
+        kept = set(paths[node])
+        some = [full if i in kept else FADED for i, full in enumerate(look)]
+        label = f"through {node}"
+        buttons.append({"label": label, "method": "restyle", "args": [{"opacity": some}, edges]})
+    return {
+        "buttons": buttons, "x": 0, "xanchor": "left", "y": 1.01, "yanchor": "bottom",
+        "pad": {"t": 0, "b": 4}, "font": {"size": 11}, "bgcolor": "#fff", "bordercolor": "#bbb",
+    }  # fmt: skip
+
+
+def _nodes(where: _Places, nodes: list[str], lost: Mapping[str, Interval]) -> list[dict[str, Any]]:
     """Draw the nodes, one trace a kind, with their names."""
     kinds: Mapping[str, list[str]] = {kind: [] for kind in LOOKS}
     for node in nodes:
@@ -135,13 +196,18 @@ def _nodes(where: _Places, nodes: list[str]) -> list[dict[str, Any]]:
         out.append(
             {
                 "type": "scatter", "mode": "markers+text", "x": x, "y": y, "text": label,
-                "textposition": "middle right", "textfont": {"size": 10}, "name": name,
-                "hovertext": members, "hoverinfo": "text",
+                "textposition": "bottom center", "textfont": {"size": 10}, "name": name,
+                "hovertext": [n + _loss(lost.get(n)) for n in members], "hoverinfo": "text",
+                "customdata": members,
                 "marker": {"symbol": symbol, "size": size, "color": "#fff",
                            "line": {"color": "#333", "width": 1.5}},
             }
         )  # fmt: skip
     return out
+
+
+def _loss(interval: Interval | None) -> str:
+    return f"<br>without it faithfulness falls by {interval}" if interval else ""
 
 
 def _curve(

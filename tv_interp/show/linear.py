@@ -16,6 +16,7 @@ import numpy as np
 from ..errors import TvInterpError, unknown
 from ..files import write_text
 from . import plots
+from .page import render_page
 from .plots import COLORS, DASHES, SYMBOLS, _colors, _errors, _numbers, _Sheet
 
 if TYPE_CHECKING:
@@ -74,7 +75,6 @@ def write_linear_page(
         TvInterpError: for anything else than a report.
         FileError: if the file cannot be written.
     """
-    import jinja2
     from markupsafe import Markup
 
     from ..theory.report import LinearReport
@@ -83,10 +83,6 @@ def write_linear_page(
         raise TvInterpError(
             f"expected a LinearReport as made by run_linear, got {type(report).__name__}"
         )
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.from_string(plots.read_asset("tv_interp.show", "linear.html.j2"))
     figures = [
         {
             "title": name,
@@ -97,13 +93,13 @@ def write_linear_page(
     ]
     settings = {k: v for k, v in report.settings.items() if k != "sections"}
     call = f"run_linear({report.settings['preset']!r}, seed={report.settings['seed']})"
-    page = template.render(
+    page = render_page(
+        "linear.html.j2",
         report=report,
         settings=settings,
         command=command or call,
         figures=figures,
         missed=[c for c in report.checks if not c.passed],
-        plotly=Markup(plots.plotly_script()),
     )
     write_text(Path(path), page)
 

@@ -12,6 +12,7 @@ import json
 import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from importlib import resources
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -33,7 +34,9 @@ DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot", "solid")
 CONFIG = {"responsive": True, "displaylogo": False, "showSendToCloud": False}
 _BETWEEN = 100  # pixels between the rows of a sheet: axis title above, panel title below
 LETTERS = {"writer": "W", "copier": "C", "reader": "R", "relay": "L"}
-_PLANES = (("layer", "head"), ("sender", "receiver"), ("dest", "src"))
+FADED = 0.04
+"""Opacity of the edges of a circuit that are not on the chosen paths."""
+_PLANES = (("layer", "head"), ("sender", "receiver"), ("dest", "src"), ("layer", "site"))
 _AXES = {"layer": "layer (0 at the top)", "demo": "demonstration (from 0)", "src": "source",
          "dest": "destination", "sender": "sender (writes)", "receiver": "receiver (reads)",
          "role": "source role", "site": ""}  # fmt: skip
@@ -92,6 +95,33 @@ def plot_scores(
         )
     title = describe(scores) if title is None else title
     return sheet.figure(title, gaps=plane is not None and "demo" not in dims)
+
+
+def plot_flow(flow: Scores, *, title: str | None = None) -> go.Figure:
+    """Draw saliency by layer and pair of roles, summed over heads, sign kept.
+
+    Args:
+        flow: From `saliency_flow`.
+        title: Title; None for what was measured.
+
+    Returns:
+        A heatmap, a column a pair of roles ("from what → who reads it"), with a dot where the mean
+        over prompts is significant. Pairs that no head can join are left out.
+
+    Raises:
+        ScoreError: if these are no scores over layer, head, dest and src.
+    """
+    if {str(d) for d in flow.data.dims} != {"prompt", "layer", "head", "dest", "src"}:
+        raise ScoreError(
+            f"expected scores over layer, head, dest and src, got {list(flow.data.dims)}: make "
+            "them with saliency_flow"
+        )
+    pairs = flow.data.sum("head").stack(site=("src", "dest"))
+    pairs = pairs.isel(site=np.flatnonzero(abs(pairs).max(("prompt", "layer")).values > 0))
+    names = [f"{src} → {dest}" for src, dest in pairs["site"].values]
+    data = pairs.drop_vars(("site", "src", "dest")).assign_coords(site=names)
+    scores = replace(flow, data=data.transpose("prompt", "layer", "site"))
+    return plot_scores(scores, of="mean", title=title)
 
 
 def describe(scores: Scores) -> str:
@@ -409,7 +439,23 @@ def fragment(figure: go.Figure, name: str) -> str:
     return (
         f'<div id="{name}" class="tv-plot" style="height:{int(height)}px">'
         "<noscript>This figure needs JavaScript.</noscript></div>\n"
-        f"<script>Plotly.newPlot({arguments});</script>\n"
+        f"<script>Plotly.newPlot({arguments}){_on_click(parts['layout'])};</script>\n"
+    )
+
+
+def _on_click(layout: Mapping[str, Any]) -> str:
+    """Let a click on a part of a circuit fade all that is on no path through it."""
+    if "paths" not in layout.get("meta", {}):
+        return ""
+    return (
+        ".then(plot=>{"
+        "const lines=plot.data.map((t,i)=>i).filter(i=>plot.data[i].mode==='lines');"
+        "const whole=lines.map(i=>plot.data[i].opacity);let shown=null;"
+        "plot.on('plotly_click',event=>{"
+        "const name=event.points[0].customdata,kept=new Set(plot.layout.meta.paths[name]);"
+        "shown=shown===name?null:name;"
+        f"Plotly.restyle(plot,{{opacity:whole.map((full,i)=>!shown||kept.has(i)?full:{FADED})}},"
+        "lines);})})"
     )
 
 

@@ -8,25 +8,28 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..analysis.common import Experiment
 from ..analysis.comparison import VectorReport
+from ..analysis.faithfulness import CircuitReport
 from ..analysis.find import Effect, FoundHead, HeadReport
+from ..analysis.graph import split_edge
+from ..display import readable, tokens_html
 from ..errors import PromptError, TvInterpError
 from ..files import write_text
 from ..interventions.sites import Patch, Site, Variant
 from ..models.adapter import Adapter
 from ..prompts import Prompts
-from ..prompts.roles import ROLE_NAMES
 from ..scores import Scores
 from . import plots, views
+from .page import Figures, plain_settings, render_page
 from .plots import LETTERS
 
 GROUPS = {
@@ -58,34 +61,45 @@ N_PROMPTS, N_HEADS, N_EXAMPLES = 16, 4, 3
 
 
 def write_report(
-    path: str | os.PathLike, found: HeadReport, *more: Any, command: str | None = None
+    path: str | os.PathLike,
+    found: HeadReport | CircuitReport,
+    *more: Any,
+    command: str | None = None,
 ) -> None:
     """Write what was found as one HTML file that needs no network.
 
     Args:
         path: File to write, under its final name only once it is whole.
-        found: From `find_heads`. Where it still has its model, effects by demonstration and
-            attention are computed for the page.
-        more: Scores, each of which gets a figure; None is passed over.
+        found: From `find_heads`, or from `find_circuit` or `evaluate_circuit`. Where the heads
+            still have their model, effects by demonstration and attention are computed for the
+            page.
+        more: After heads: scores, each of which gets a figure, and reports on circuits, each of
+            which gets a section. None is passed over.
         command: The command that made the report; None for the call in Python.
 
     Raises:
         TvInterpError: for anything else than these.
         FileError: if the file cannot be written.
     """
-    if not isinstance(found, HeadReport):
+    if not isinstance(found, (HeadReport, CircuitReport)):
         raise TvInterpError(
-            f"expected a HeadReport as made by find_heads, got {type(found).__name__}: call "
-            "write_report(path, find_heads(...))"
+            "expected a HeadReport as made by find_heads, or a CircuitReport as made by "
+            f"find_circuit, got {type(found).__name__}: call write_report(path, find_heads(...))"
         )
-    scores = [each for each in more if each is not None]
-    for each in scores:
-        if not isinstance(each, Scores):
+    rest = [each for each in more if each is not None]
+    takes = (Scores, CircuitReport) if isinstance(found, HeadReport) else ()
+    for each in rest:
+        if not isinstance(each, takes):
             raise TvInterpError(
-                f"write_report cannot show a {type(each).__name__}: pass a HeadReport, and after "
-                "it Scores"
+                f"write_report cannot show a {type(each).__name__} after a "
+                f"{type(found).__name__}: pass a HeadReport, and after it Scores or CircuitReports"
             )
-    write_text(Path(path), _page(found, scores, command))
+    if isinstance(found, CircuitReport):
+        text = _circuit_page(found, command)
+    else:
+        circuits = [each for each in rest if isinstance(each, CircuitReport)]
+        text = _page(found, [each for each in rest if isinstance(each, Scores)], circuits, command)
+    write_text(Path(path), text)
 
 
 def write_vector_page(
@@ -101,13 +115,9 @@ def write_vector_page(
     Raises:
         FileError: if the file cannot be written.
     """
-    import jinja2
-    from markupsafe import Markup
-
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    page = environment.from_string(plots.read_asset("tv_interp.show", "vectors.html.j2"))
-    figures = _Figures()
-    text = page.render(
+    figures = Figures()
+    text = render_page(
+        "vectors.html.j2",
         title=f"Local and global vectors: {report.settings['task']} on {report.settings['model']}",
         command=command,
         table=str(report),
@@ -115,8 +125,7 @@ def write_vector_page(
             figures.add(plots.plot_vectors(report, metric=metric, title=metric))
             for metric in ("accuracy", "choice", "label_rate")
         ],
-        settings=_plain(report.settings),
-        plotly=Markup(plots.plotly_script()),
+        settings=plain_settings(report.settings),
     )
     write_text(Path(path), text)
 
@@ -159,20 +168,21 @@ def effects_by_demo(
     return run.scores(effects, ("demo", "site"), labels, demos="each")
 
 
-def _page(report: HeadReport, more: Sequence[Scores], command: str | None) -> str:
-    import jinja2
+def _page(
+    report: HeadReport,
+    more: Sequence[Scores],
+    circuits: Sequence[CircuitReport],
+    command: str | None,
+) -> str:
     from markupsafe import Markup
 
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["signed"] = lambda value: f"{value:+.2f}"
-    template = environment.from_string(plots.read_asset("tv_interp.show", "report.html.j2"))
-    figures = _Figures()
+    figures = Figures()
     attention = _attention(report)
-    return template.render(
+    return render_page(
+        "report.html.j2",
+        report.to_dict(),
         report=report,
-        settings=_plain(report.settings),
+        settings=plain_settings(report.settings),
         task=report.settings.get("task", "unnamed task"),
         model=report.settings.get("model", "unnamed model"),
         summary=_summary(report),
@@ -190,10 +200,10 @@ def _page(report: HeadReport, more: Sequence[Scores], command: str | None) -> st
         paths=_paths(report, figures),
         demos=_demos(report, figures),
         attention=attention,
-        examples=_examples(report),
+        examples=_examples(report.prompts),
         corrupted=_corrupted(report),
-        role_names=[r for r in ROLE_NAMES if r in _roles(report.prompts)],
-        extra={k: v for k, v in _plain(report.settings).items() if k not in _PLAIN},
+        extra={k: v for k, v in plain_settings(report.settings).items() if k not in _PLAIN},
+        circuits=[_circuit(each, figures, f"circuit-{i}") for i, each in enumerate(circuits, 1)],
         more=[
             {
                 "title": plots.describe(each) or "Scores",
@@ -201,23 +211,89 @@ def _page(report: HeadReport, more: Sequence[Scores], command: str | None) -> st
             }
             for each in more
         ],
-        data=Markup(plots.script_json(_finite(report.to_dict()))),
-        plotly=Markup(plots.plotly_script()),
         circuitsvis=Markup(views.bundle_script()) if attention else "",
     )
 
 
-class _Figures:
-    """Numbers the figures of a page."""
+def _circuit_page(report: CircuitReport, command: str | None) -> str:
+    from markupsafe import Markup
 
-    def __init__(self) -> None:
-        self.count = 0
+    s = report.settings
+    kind = str(s.get("corruption"))
+    examples = []
+    if report.contrast is not None:
+        pair = report.contrast
+        for row, sample in enumerate(pair.clean.samples[:N_EXAMPLES]):
+            right = f"clean; right answer: {readable(sample.answer)}"
+            foil = f"corrupted; foil: {readable(sample.foil)}"
+            examples += [pair.clean.labelled(row, right), pair.corrupted.labelled(row, foil)]
+    faithful, outside = (_interval(each) for each in (report.faithfulness, report.completeness))
+    summary = (
+        f"{len(report.circuit)} of {len(report.circuit.graph.edges)} edges "
+        f"({report.size:.1%}) alone do {faithful} of what {s.get('model')} does on "
+        f"{s.get('task')}, against corruption {kind}; all other edges do {outside}."
+    )
+    if report.random:
+        summary += (
+            f" {len(report.random)} random circuits of equal size do "
+            f"{_percent(min(report.random))} to {_percent(max(report.random))}."
+        )
+    return render_page(
+        "circuit.html.j2",
+        report.to_dict(),
+        task=s.get("task", "unnamed task"),
+        model=s.get("model", "unnamed model"),
+        summary=summary,
+        command=command or _circuit_call(report),
+        settings=plain_settings({**report.circuit.attrs, **s}),
+        corruption=kind,
+        corruption_text=CORRUPTIONS.get(kind, ""),
+        examples=[Markup(tokens_html(each)) for each in examples],
+        circuit=_circuit(report, Figures(), "circuit"),
+    )
 
-    def add(self, figure: Any) -> Any:
-        from markupsafe import Markup
 
-        self.count += 1
-        return Markup(plots.fragment(figure, f"figure-{self.count}"))
+def _circuit(report: CircuitReport, figures: Figures, name: str) -> dict[str, Any]:
+    """Lay a circuit out for its section: figure, numbers, and edges by size."""
+    circuit, s = report.circuit, report.settings
+    a = circuit.attrs
+    order = sorted(circuit.edges, key=lambda edge: -abs(circuit.edges[edge]))
+    rows = []
+    for edge in order:
+        sender, into = split_edge(edge)
+        ends = circuit.intervals.get(edge)
+        rows.append({"sender": sender, "into": into, "weight": circuit.edges[edge], "ends": ends})
+    rule = f"{a['n_edges']} largest" if "n_edges" in a else f"at least {a.get('threshold')}"
+    return {
+        "id": name,
+        "title": f"Circuit: {s.get('corruption')}, {a.get('method')}",
+        "report": report,
+        "about": f"Found by {a.get('method')} ({a.get('direction')}) on other prompts than those "
+        f"that measure it here; corruption {s.get('corruption')}, ablation {s.get('ablation')}, "
+        f"metric {s.get('metric')}.",
+        "figure": figures.add(report.plot(title="")),
+        "random": float(np.mean(report.random)) if report.random else None,
+        "chosen": f"Chosen by absolute score ({rule}), connected from the embedding to the logits. "
+        "Weights and their 95 % intervals are from the prompts that chose them.",
+        "unit": a.get("unit", "logits"),
+        "rows": rows,
+    }
+
+
+def _interval(interval: Any) -> str:
+    return f"{interval.value:.0%} [{interval.lo:.0%} to {interval.hi:.0%}]"
+
+
+def _circuit_call(report: CircuitReport) -> str:
+    """Write the call that makes this report again, as far as it is known."""
+    a, s = report.circuit.attrs, report.settings
+    known = {**a, **s}
+    names = ("n_demos", "n_prompts", "seed", "corruption", "template", "method", "n_edges")
+    names = (*names, "direction", "metric", "ablation")
+    written = ", ".join(f"{k}={known[k]!r}" for k in names if k in known)
+    return (
+        f"tv.find_circuit(tv.load_model({known.get('model')!r}), {known.get('task')!r}, {written})"
+    )
 
 
 # ---------------------------------------------------------------------------------- what is said
@@ -331,7 +407,7 @@ def _row(head: FoundHead) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------- what is drawn
 
 
-def _maps(report: HeadReport, figures: _Figures) -> list[dict[str, Any]]:
+def _maps(report: HeadReport, figures: Figures) -> list[dict[str, Any]]:
     tables = plots.head_tables(report)
     limit = max((float(abs(table["value"]).max()) for table in tables.values()), default=0.0)
     out = []
@@ -343,7 +419,7 @@ def _maps(report: HeadReport, figures: _Figures) -> list[dict[str, Any]]:
     return out
 
 
-def _sources(report: HeadReport, figures: _Figures) -> list[dict[str, Any]]:
+def _sources(report: HeadReport, figures: Figures) -> list[dict[str, Any]]:
     out = []
     for at, title in (("answer", "at the answers"), ("query_is", "at query_is")):
         if any(h.sources and h.site.role == at for h in report.found):
@@ -352,7 +428,7 @@ def _sources(report: HeadReport, figures: _Figures) -> list[dict[str, Any]]:
     return out
 
 
-def _paths(report: HeadReport, figures: _Figures) -> dict[str, Any] | None:
+def _paths(report: HeadReport, figures: Figures) -> dict[str, Any] | None:
     if report.paths is None:
         return None
     table = report.paths.ci("recovered" if report.paths.total_is_clear() else "mean")
@@ -364,7 +440,7 @@ def _paths(report: HeadReport, figures: _Figures) -> dict[str, Any] | None:
     }
 
 
-def _demos(report: HeadReport, figures: _Figures) -> dict[str, Any] | None:
+def _demos(report: HeadReport, figures: Figures) -> dict[str, Any] | None:
     try:
         scores = effects_by_demo(report)
     except PromptError as error:
@@ -398,8 +474,7 @@ def _attention(report: HeadReport) -> dict[str, Any] | None:
     adapter = Adapter.of(report.model)
     layers = sorted({h.site.layer for h in heads})
     _, seen = adapter.read(prompts.tokens[row : row + 1, :n], [("pattern", i) for i in layers])
-    pieces = _pieces(prompts, row)
-    roles = _role_labels(prompts, row)
+    pieces, roles = prompts.pieces(row), prompts.roles_of(row)
     shown = heads[: max(1, views.MAX_CELLS // (n * n))]
     pattern = {h.site: seen["pattern", h.site.layer][0, h.site.head].float().cpu() for h in heads}
     view = views.attention_view(
@@ -431,17 +506,13 @@ def _attention(report: HeadReport) -> dict[str, Any] | None:
     return {"view": Markup(view.html), "looks": looks, "row": row, "text": prompts.texts[row]}
 
 
-def _examples(report: HeadReport) -> list[dict[str, Any]]:
-    prompts = report.prompts
-    out = []
-    for row in range(min(N_EXAMPLES, len(prompts))):
-        sample = prompts.samples[row]
-        cells = [
-            (piece, role.split(" ")[0], role)
-            for piece, role in zip(_pieces(prompts, row), _role_labels(prompts, row), strict=True)
-        ]
-        out.append({"cells": cells, "answer": sample.answer})
-    return out
+def _examples(prompts: Prompts) -> list[Any]:
+    from markupsafe import Markup
+
+    return [
+        Markup(tokens_html(prompts.labelled(row, f"right answer: {readable(sample.answer)}")))
+        for row, sample in enumerate(prompts.samples[:N_EXAMPLES])
+    ]
 
 
 def _corrupted(report: HeadReport) -> list[tuple[str, str, str]]:
@@ -454,49 +525,3 @@ def _corrupted(report: HeadReport) -> list[tuple[str, str, str]]:
             continue
         out.append((kind, pair.corrupted.texts[0], pair.corrupted.samples[0].foil))
     return out
-
-
-def _pieces(prompts: Prompts, row: int) -> list[str]:
-    """Get the text of each token; a space in front is written as a dot."""
-    ids = prompts.tokens[row, : prompts.lengths[row]].tolist()
-    raw = prompts.tokenizer.convert_ids_to_tokens(ids)
-    out = []
-    for token, fallback in zip(ids, raw, strict=True):
-        text = prompts.tokenizer.decode([token], clean_up_tokenization_spaces=False)
-        if not text or "\ufffd" in text:  # a part of a character, or no text at all
-            text = str(fallback)
-        stripped = text.lstrip(" ")
-        out.append(views.readable("·" * (len(text) - len(stripped)) + stripped))
-    return out
-
-
-def _role_labels(prompts: Prompts, row: int) -> list[str]:
-    roles, demos = prompts.role_ids[row].tolist(), prompts.demo_ids[row].tolist()
-    n = int(prompts.lengths[row])
-    return [
-        ROLE_NAMES[role] + (f" {demo}" if demo >= 0 else "")
-        for role, demo in zip(roles[:n], demos[:n], strict=True)
-    ]
-
-
-def _roles(prompts: Prompts) -> set[str]:
-    return {ROLE_NAMES[role] for role in prompts.role_ids.unique().tolist() if role >= 0}
-
-
-def _plain(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Write settings as text."""
-    return {
-        key: value if isinstance(value, str) and key != "template" else json.dumps(value)
-        for key, value in settings.items()
-    }
-
-
-def _finite(value: Any) -> Any:
-    """Write numbers that JSON does not have as None."""
-    if isinstance(value, Mapping):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(each) for each in value]
-    if isinstance(value, float) and value - value != 0:
-        return None
-    return value

@@ -20,13 +20,13 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ..display import readable
 from ..errors import TvInterpError
 from .plots import _inline, _Sheet, check_id, fragment, plotly_script, read_asset, script_json
 
 MAX_CELLS = 45_000
 """Heads x tokens^2 above which circuitsvis takes more than some ten seconds to draw."""
 
-_GLYPHS = str.maketrans({"\n": "↵", "\r": "␍", "\t": "⇥"})
 _CALL = re.compile(r"render\(\s*\"[^\"]+\",\s*(\w+),\s*(\{.*\})\s*\)\s*</script>\s*$", re.DOTALL)
 
 
@@ -135,11 +135,6 @@ def bundle_script() -> str:
         f"<script>if(!globalThis.CircuitsVis){{{script}\n"
         "globalThis.CircuitsVis=CircuitsVis;}</script>\n"
     )
-
-
-def readable(token: str) -> str:
-    """Write line breaks and tabs as glyphs, and an empty token as a sign for the empty set."""
-    return str(token).translate(_GLYPHS) or "∅"
 
 
 def _view(figure: Any, name: str | None) -> View:

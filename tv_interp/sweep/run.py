@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from ..display import Shown
 from ..errors import FileError, unknown
 from ..files import make_directory, write_text
 from .cells import Job, cell_file, one_line
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
     from ..scores import Scores
 
 
-@dataclass(frozen=True)
-class Swept:
+@dataclass(frozen=True, repr=False)
+class Swept(Shown):
     """What a sweep left behind.
 
     Attributes:

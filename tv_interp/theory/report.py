@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import xarray as xr
 
+from ..display import Shown
 from ..files import make_directory, write_text
 
 Rule = Literal["relative", "absolute", "below", "above"]
@@ -81,7 +82,7 @@ class Section:
 
 
 @dataclass(frozen=True, repr=False)
-class LinearReport:
+class LinearReport(Shown):
     """All that `run_linear` measured.
 
     Attributes:
@@ -112,7 +113,7 @@ class LinearReport:
         """Whether every check met its threshold."""
         return all(check.passed for check in self.checks)
 
-    def __repr__(self) -> str:
+    def __str__(self) -> str:
         """A table of checks and findings, at most 100 characters wide."""
         lines = [f"{'measured':<58}{'value':>10}{'predicted':>11}  threshold"]
         for title, section in self.sections.items():
