@@ -286,3 +286,27 @@ def test_a_circuit_is_drawn_with_its_largest_edges_signs_and_roles():
     assert len(circuit.plot(top=None).data) > len(figure.data)
     with pytest.raises(tv.TvInterpError, match="expected top of 1 or more, got 0"):
         circuit.plot(top=0)
+
+
+def test_each_claimed_edge_of_the_reference_model_holds_on_fresh_prompts_with_a_plain_hook():
+    """Found and scored on some query items, cut on others by the hooks of `test_edges`."""
+    model = tv.load_model("reference", backend=KIND)
+    clean = tv.make_prompts(model, "country-capital", n_demos=3, n_prompts=48, seed=4)
+    items = np.unique(clean.query)
+    is_first = np.isin(clean.query, items[: len(items) // 2])
+    first, fresh = (
+        clean.select(np.flatnonzero(s)[:n]).corrupt("task")
+        for s, n in ((is_first, 20), (~is_first, 10))
+    )
+    circuit = tv.discover_circuit(model, first, n_edges=60)
+    largest = sorted(circuit.edges, key=lambda e: -abs(circuit.edges[e]))[:10]
+    claimed = sample(largest, 5)
+    scores = tv.score_edges(model, first, method="exact", edges=claimed)
+    interval = scores.ci()
+    cut = table(model, fresh, claimed, "reference").mean(0)
+    # the mean of fresh prompts varies too, and more than that of twice as many
+    for edge, effect in zip(claimed, cut.tolist(), strict=True):
+        value, low, high = (float(interval[k].sel(edge=edge)) for k in ("value", "lo", "hi"))
+        wide = [value + (1 + len(first) / len(fresh)) ** 0.5 * (end - value) for end in (low, high)]
+        assert wide[0] <= effect <= wide[1], (edge, wide, effect)
+        assert np.sign(value) == np.sign(effect) and abs(value) > 0.1

@@ -59,7 +59,11 @@ def test_bad_input_is_one_line_on_stderr_and_exit_code_2(capsys, arguments, mess
     ("arguments", "message"),
     [
         (["circuit", "--task", "contry-capital"], "unknown task 'contry-capital': did you mean"),
-        (["circuit", "--method", "eep"], "Literal['exact', 'eap', 'eap-ig', 'eap-ig-activations']"),
+        (
+            ["circuit", "--method", "eep"],
+            "Literal['exact', 'eap', 'eap-ig', 'eap-ig-activations', 'acdc', 'nodes']",
+        ),
+        (["circuit", "--method", "acdc"], "method='acdc' needs threshold"),
         (["circuit", "--corruption", "labels"], "exchanges the two labels of a categorization"),
         (["circuit", "--n-edges", "0"], "expected n_edges of 1 or more, got 0"),
         (["circuit", "--ablation", "noise"], "Literal['corrupted', 'mean', 'zero']"),

@@ -155,6 +155,7 @@ def test_the_public_names_are_these_and_all_of_them_load():
         "patch_sources",
         "patch_together",
         "planted_circuit",
+        "prune_edges",
         "rank_heads",
         "record",
         "run_sweep",

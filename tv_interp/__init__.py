@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from .analysis.paths import patch_paths
     from .analysis.positions import patch_positions
     from .analysis.predictions import Predictions, check_predictions
+    from .analysis.pruning import prune_edges
     from .analysis.ranking import HeadRanking, rank_heads
     from .analysis.saliency import label_flow, saliency_flow
     from .analysis.vectors import Vectors, extract_vectors, function_vector, inject_vectors
@@ -137,6 +138,7 @@ _HOME = {
     "measure_stability": ".analysis.faithfulness",
     "find_circuit": ".analysis.discovery",
     "score_edges": ".analysis.edges",
+    "prune_edges": ".analysis.pruning",
     "saliency_flow": ".analysis.saliency",
     "Metric": ".scores",
     "Scores": ".scores",
@@ -223,6 +225,7 @@ __all__ = [  # noqa: PLE0604
     "patch_sources",
     "patch_together",
     "planted_circuit",
+    "prune_edges",
     "rank_heads",
     "record",
     "run_sweep",

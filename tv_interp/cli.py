@@ -137,8 +137,9 @@ def circuit(
     seed: int = 0,
     corruption: str | None = None,
     template: str | None = None,
-    method: Literal["exact", "eap", "eap-ig", "eap-ig-activations"] = "eap-ig",
+    method: Literal["exact", "eap", "eap-ig", "eap-ig-activations", "acdc", "nodes"] = "eap-ig",
     n_edges: int | None = None,
+    threshold: float | None = None,
     direction: Literal["denoise", "noise"] = "noise",
     metric: str = "logit_diff",
     ablation: Literal["corrupted", "mean", "zero"] = "corrupted",
@@ -157,9 +158,11 @@ def circuit(
         corruption: task, random_answers, labels, answers, inputs or query; by default the first
             that fits the task's family.
         template: Text with {x} and {y}; by default the model's own, else "{x} is {y}\n".
-        method: How edges are scored: patched one by one, or attributed.
+        method: How edges are scored: patched one by one (exact), attributed (eap), or taken away
+            one after the other (acdc; nodes takes away whole nodes), which needs a threshold.
         n_edges: Number of edges; by default the smallest of a few sizes that is faithful on the
             first half.
+        threshold: Least absolute score instead, in the unit of the metric.
         direction: Whether scores say what suffices (denoise) or what is needed (noise).
         metric: logit_diff, prob, log_prob or kl; with method exact also accuracy, choice,
             label_rate or rank.
@@ -168,7 +171,9 @@ def circuit(
         out: Directory for circuit.json, report.json and report.html.
         json: Print JSON instead of a table.
     """
+    from .analysis.circuits import check_pruning
     from .analysis.discovery import find_circuit
+    from .analysis.pruning import PRUNINGS
     from .prompts.corruptions import default_corruptions
     from .scores import get_metric
 
@@ -177,6 +182,8 @@ def circuit(
     _check_corruptions(chosen, [corruption or default_corruptions(chosen)[0]])
     if n_edges is not None and n_edges < 1:
         raise TvInterpError(f"expected n_edges of 1 or more, got {n_edges}")
+    if method in PRUNINGS:
+        check_pruning(method, n_edges, threshold, direction)
     loaded, directory = _load(model, backend, out)
     report = find_circuit(
         loaded,
@@ -188,6 +195,7 @@ def circuit(
         template=template,
         method=method,
         n_edges=n_edges,
+        threshold=threshold,
         direction=direction,
         metric=metric,
         ablation=ablation,

@@ -8,8 +8,9 @@ Keeping all edges is the model; keeping none is the ablated run.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from numpy import ndarray
@@ -63,122 +64,161 @@ class EdgeRunner:
             raise unknown("ablation", ablation, ABLATIONS)
         self.graph, self.parts, self.readout = graph, parts, readout
         clean, corrupted = runs
-        self.batches: list[tuple[Tensor, Tape, Tensor, Tensor, Tensor]] = []
+        self.batches: list[_Batch] = []
         mean = _means(parts, corrupted) if ablation == "mean" else None
         for (rows, tape), (_, other) in zip(clean.tapes(), corrupted.tapes(), strict=True):
             for some in few_rows(parts.adapter, tape, clean.max_memory, 4 * graph.n_senders):
                 here = some_rows(tape, some)
-                constant = Outputs.of(parts, here).constant
+                outputs = Outputs.of(parts, here)
                 off = Outputs.of(parts, some_rows(other, some)).senders
                 if ablation == "zero":
                     off = torch.zeros_like(off)
                 elif mean is not None:
                     off = mean.at(clean.prompts, rows[some], tape.n_pos).to(off)
                 at = masks[rows[some], : tape.n_pos].to(off)
-                self.batches.append((rows[some], here, constant, off, at))
+                change = outputs.senders - off
+                self.batches.append(_Batch(rows[some], here, outputs.constant, off, change, at))
 
-    def run(self, kept: Bool[ndarray, " edge"]) -> Float[Tensor, " prompt"]:
-        """Run all prompts with some edges kept and read the metric."""
-        n = sum(len(rows) for rows, *_ in self.batches)
+    def sends(self) -> Bool[ndarray, "place sender"]:
+        """Mark senders whose output at a place is another one when ablated."""
+        found = torch.zeros(len(self.graph.places), self.graph.n_senders, dtype=torch.bool)
+        for batch in self.batches:
+            size = batch.change.abs().amax(-1)
+            found |= (torch.einsum("btp,bts->ps", batch.at, size) > 0).cpu()
+        return found.numpy()
+
+    def run(
+        self, kept: Bool[ndarray, "*variant edge"], *, first: int = 0
+    ) -> Float[Tensor, "*variant prompt"]:
+        """Run all prompts with some edges kept and read the metric.
+
+        Args:
+            kept: The edges: one set, or one for each variant of several that are run side by side.
+            first: A layer such that all edges into layers below it are kept, in all variants: what
+                is below is as it was.
+        """
+        sets = np.atleast_2d(kept)
+        n = sum(len(batch.rows) for batch in self.batches)
         values: Tensor | None = None
-        keep = {k: torch.from_numpy((v >= 0) & kept[v]) for k, v in self.graph.numbers.items()}
-        for rows, tape, constant, off, at in self.batches:
-            logits = self._logits(keep, tape, constant, off, at)
-            found = self.readout(logits, rows)
-            values = torch.zeros(n, dtype=found.dtype) if values is None else values
-            values[rows] = found
+        keep = {
+            key: torch.from_numpy((table >= 0) & sets[:, table])
+            for key, table in self.graph.numbers.items()
+        }
+        used = self._used(keep)
+        for batch in self.batches:
+            logits = self._logits(keep, used, batch, first).flatten(0, 1)
+            found = self.readout(logits, batch.rows.repeat(len(sets)))
+            found = found.view(len(sets), len(batch.rows))
+            values = torch.zeros(len(sets), n, dtype=found.dtype) if values is None else values
+            values[:, batch.rows] = found
         assert values is not None
-        return values
+        return values if kept.ndim == 2 else values[0]
+
+    def _used(self, keep: dict[tuple[str, int], Tensor]) -> Bool[Tensor, "place sender"]:
+        """Mark senders that some edge is kept of, in any variant."""
+        used = torch.zeros(len(self.graph.places), self.graph.n_senders, dtype=torch.bool)
+        for table in keep.values():  # [variant, source place, sender, ...]
+            some = table.any(0).flatten(2).any(-1) if table.ndim > 3 else table.any(0)
+            used[:, : some.shape[1]] |= some
+        return used
 
     def _logits(
-        self,
-        keep: dict[tuple[str, int], Tensor],
-        tape: Tape,
-        constant: Tensor,
-        off: Tensor,
-        at: Tensor,
-    ) -> Float[Tensor, "row vocab"]:
-        """Put one batch through the layers."""
-        graph, parts = self.graph, self.parts
-        x = tape.resid[0]
-        extra = x.new_zeros(x.shape)  # what no sender wrote
-        change = x[:, :, None] - off[:, :, :1]  # of each sender so far from its ablated output
-        for layer in range(graph.n_layers):
+        self, keep: dict[tuple[str, int], Tensor], used: Tensor, batch: _Batch, first: int
+    ) -> Float[Tensor, "variant row vocab"]:
+        """Put one batch through the layers, from one on, in all variants.
+
+        The axis of variants is of length 1 as long as they do not differ.
+        """
+        graph, parts, tape = self.graph, self.parts, batch.tape
+        off, constant, at = batch.off, batch.constant, batch.at
+        change = batch.change[None, :, :, : graph.below(first)]
+        extra = constant[:, :, :first].sum(2)  # what no sender wrote
+        for layer in range(first, graph.n_layers):
             n = graph.below(layer)
             plain = off[:, :, :n].sum(2) + extra
-            z = self._attend(keep, tape, layer, plain, change, at)
-            heads = parts.writes(layer, z)
-            change = torch.cat([change, heads - off[:, :, n : n + graph.n_heads]], 2)
+            z = self._attend(keep, used, tape, layer, plain, change, at)
+            heads = parts.writes(layer, z.flatten(0, 1)).unflatten(0, z.shape[:2])
+            change = _join(change, heads - off[:, :, n : n + graph.n_heads])
             if graph.has_mlp:
                 n_read = graph.below(layer, "mlp")
                 added = constant[:, :, layer] if graph.order == "serial" else 0
                 plain = off[:, :, :n_read].sum(2) + extra + added
-                chosen = keep["mlp", layer].to(at)  # [place, sender]
-                x = plain + self._kept(chosen[..., None], change[:, :, :n_read], at)[:, :, 0]
-                out = parts.mlp(tape, layer, x)
+                x = plain + self._kept(keep["mlp", layer], change[..., :n_read, :], at)
+                out = parts.mlp(tape, layer, x.flatten(0, 1)).view(x.shape)
                 number = graph.below(layer + 1) - 1
-                change = torch.cat([change, (out - off[:, :, number])[:, :, None]], 2)
+                change = _join(change, (out - off[:, :, number])[..., None, :])
             extra = extra + constant[:, :, layer]
-        chosen = keep["logits", graph.n_layers].to(at)
-        x = off.sum(2) + extra + self._kept(chosen[..., None], change, at)[:, :, 0]
-        return parts.adapter.logits(x[:, -1:])[:, 0]
+        x = off.sum(2) + extra + self._kept(keep["logits", graph.n_layers], change, at)
+        x = x.expand(len(keep["logits", graph.n_layers]), *x.shape[1:])
+        logits = parts.adapter.logits(x[:, :, -1:].flatten(0, 1))
+        return logits[:, 0].unflatten(0, x.shape[:2])
 
     def _kept(
         self,
-        chosen: Float[Tensor, "place sender receiver"],
-        change: Float[Tensor, "row pos sender d_model"],
+        chosen: Bool[Tensor, "variant place sender *receiver"],
+        change: Float[Tensor, "variant row pos sender d_model"],
         at: Float[Tensor, "row pos place"],
-    ) -> Float[Tensor, "row pos receiver d_model"]:
+    ) -> Float[Tensor, "variant row pos *receiver d_model"]:
         """Sum the changes of kept senders, for each receiver, by the place of the token."""
-        weight = torch.einsum("btp,psr->btrs", at, chosen)
-        return weight @ change
+        if (chosen == chosen[:1]).all():
+            chosen = chosen[:1]
+        some = chosen.to(at)
+        if chosen.ndim == 3:
+            return self._kept(chosen[..., None], change, at)[..., 0, :]
+        return torch.einsum("btp,vpsr->vbtrs", at, some) @ change
 
     def _attend(
         self,
         keep: dict[tuple[str, int], Tensor],
+        used: Bool[Tensor, "place sender"],
         tape: Tape,
         layer: int,
         plain: Float[Tensor, "row pos d_model"],
-        change: Float[Tensor, "row pos sender d_model"],
+        change: Float[Tensor, "variant row pos sender d_model"],
         at: Float[Tensor, "row pos place"],
-    ) -> Float[Tensor, "row pos head d_head"]:
-        """Run a layer's attention with an input of its own for each head, via and place of it."""
-        graph = self.graph
-        heads: list[Tensor] = []
+    ) -> Float[Tensor, "variant row pos head d_head"]:
+        """Run a layer's attention with an input of its own for each head, via and place of it.
+
+        Heads of which no edge is kept are not run: what they write goes nowhere.
+        """
+        graph, adapter = self.graph, self.parts.adapter
+        own = used[:, graph.below(layer) : graph.below(layer) + graph.n_heads].any(1)
+        z = plain.new_zeros(1, *plain.shape[:2], adapter.n_heads, adapter.d_head)
         for dest in range(len(graph.places)):
-            if not graph.is_live(layer, dest):
+            if not (graph.is_live(layer, dest) and own[dest]):
                 continue
             inputs: dict[Via, Tensor] = {
-                via: self._input(keep[via, layer][:, :, dest].to(at), layer, via, plain, change, at)
+                via: self._input(keep[via, layer][:, :, :, dest], layer, via, plain, change, at)
                 for via in VIA
             }
-            heads.append(self._z(tape, layer, plain, inputs) * at[:, :, dest, None, None])
-        return torch.stack(heads).sum(0)
+            z = z + self._z(tape, layer, plain, inputs) * at[:, :, dest, None, None]
+        return z
 
     def _input(
         self,
-        chosen: Float[Tensor, "place sender head"],
+        chosen: Bool[Tensor, "variant place sender head"],
         layer: int,
         via: Via,
         plain: Tensor,
         change: Tensor,
         at: Tensor,
-    ) -> Float[Tensor, "row pos head d_head"]:
+    ) -> Float[Tensor, "variant row pos head d_head"]:
         """Compute each head's q, k or v from its own input."""
         x = plain[:, :, None] + self._kept(chosen, change, at)
         weight, bias = self.parts.weights(layer, via)
-        normed = self.parts.norm(layer, x.permute(2, 0, 1, 3))
-        return torch.einsum("hbtd,hde->bthe", normed, weight) + bias
+        normed = self.parts.norm(layer, x.permute(0, 3, 1, 2, 4))
+        return torch.einsum("vhbtd,hde->vbthe", normed, weight) + bias
 
     def _z(
         self, tape: Tape, layer: int, x: Tensor, inputs: dict[Via, Tensor]
-    ) -> Float[Tensor, "row pos head d_head"]:
+    ) -> Float[Tensor, "variant row pos head d_head"]:
         """Attend with given q, k and v of each query head; heads that share keys take turns."""
-        adapter, n_rows = self.parts.adapter, len(x)
+        adapter = self.parts.adapter
         n_turns = adapter.n_heads // adapter.n_kv_heads
+        shape = max(len(each) for each in inputs.values()), len(x)
 
         def put(via: Via) -> Edit:
-            new = inputs[via]
+            new = inputs[via].expand(shape[0], *inputs[via].shape[1:]).flatten(0, 1)
             if via == "q":
                 new = new.repeat(n_turns, 1, 1, 1)
             else:  # turn i has the keys that the i-th head of each group reads
@@ -188,11 +228,31 @@ class EdgeRunner:
 
         edits: dict[HookName, Edit] = {(via, layer): put(via) for via in VIA}
         layout = Layout.suffix(0, tape.n_pos)
-        copies = x.repeat(n_turns, 1, 1)
+        copies = x.repeat(n_turns * shape[0], 1, 1)
         z = adapter.block(tape, layer, copies, layout, edits=edits, until="z")
-        turns = z.unflatten(0, (n_turns, n_rows))
-        each = [turns[h % n_turns, :, :, h] for h in range(adapter.n_heads)]
-        return torch.stack(each, 2)
+        turns = z.unflatten(0, (n_turns, *shape))
+        each = [turns[h % n_turns, :, :, :, h] for h in range(adapter.n_heads)]
+        return torch.stack(each, 3)
+
+
+class _Batch(NamedTuple):
+    """Prompts of equal length: their rows, run, what is ablated and what that changes."""
+
+    rows: Tensor
+    tape: Tape
+    constant: Float[Tensor, "row pos layer d_model"]
+    off: Float[Tensor, "row pos sender d_model"]
+    change: Float[Tensor, "row pos sender d_model"]
+    at: Float[Tensor, "row pos place"]
+
+
+def _join(
+    change: Float[Tensor, "variant row pos sender d_model"],
+    more: Float[Tensor, "variant row pos sender d_model"],
+) -> Float[Tensor, "variant row pos sender d_model"]:
+    """Put more senders behind, in as many variants as either has."""
+    n = max(len(change), len(more))
+    return torch.cat([part.expand(n, *part.shape[1:]) for part in (change, more)], 3)
 
 
 class _means:

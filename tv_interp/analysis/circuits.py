@@ -24,6 +24,7 @@ from ..scores.statistics import bootstrap, cluster_ids
 from .common import Direction
 from .edges import Method, score_edges
 from .graph import END, Demos, RoleGraph, node_of, split_edge
+from .pruning import Pruning, prune_edges
 
 if TYPE_CHECKING:
     import networkx
@@ -266,7 +267,7 @@ def discover_circuit(
     model: Any,
     contrast: Contrast,
     *,
-    method: Method = "eap-ig",
+    method: Method | Pruning = "eap-ig",
     n_edges: int | None = None,
     threshold: float | None = None,
     direction: Direction = "noise",
@@ -282,12 +283,13 @@ def discover_circuit(
         model: A HookedTransformer or TransformerBridge in eval mode.
         contrast: Clean and corrupted prompts.
         method: As in `score_edges`: ``"eap-ig"``, ``"exact"``, ``"eap"`` or
-            ``"eap-ig-activations"``.
+            ``"eap-ig-activations"``; or as in `prune_edges`: ``"acdc"`` takes edges away one after
+            the other, ``"nodes"`` nodes, which needs a threshold.
         n_edges: How many edges with the largest absolute mean score, before those are taken away
             that nothing reaches or that reach nothing; None for 5 % of all, where no threshold is
             given.
         threshold: Least absolute mean score instead, in the metric's unit.
-        direction: As in `score_edges`.
+        direction: As in `score_edges`; pruning noises.
         metric: As in `score_edges`.
         demos: As in `score_edges`.
         scores: What `score_edges` gave for the same model and contrast, where it has been run.
@@ -298,8 +300,8 @@ def discover_circuit(
         The circuit, with mean scores as weights.
 
     Raises:
-        TvInterpError: if both a number and a threshold are given, the number is not positive, or
-            nothing is left.
+        TvInterpError: if both a number and a threshold are given, the number is not positive,
+            pruning is given a number, no threshold or another direction, or nothing is left.
         ScoreError: if the metric cannot be differentiated and the method needs it, or the scores
             are not of all edges.
         UnknownName: as `score_edges`.
@@ -308,7 +310,22 @@ def discover_circuit(
         raise TvInterpError("expected n_edges or threshold, got both")
     if n_edges is not None and n_edges < 1:
         raise TvInterpError(f"expected n_edges of 1 or more, got {n_edges}")
-    if scores is None:
+    if scores is not None:
+        pass
+    elif method == "acdc" or method == "nodes":
+        check_pruning(method, n_edges, threshold, direction)
+        assert threshold is not None
+        scores = prune_edges(
+            model,
+            contrast,
+            threshold=threshold,
+            method=method,
+            metric=metric,
+            demos=demos,
+            recorded=recorded,
+            progress=progress,
+        )
+    else:
         scores = score_edges(
             model,
             contrast,
@@ -322,6 +339,31 @@ def discover_circuit(
     demos = scores.attrs.get("demos", demos)
     graph = RoleGraph.of(model, contrast.clean, demos=demos)
     return choose_edges(graph, scores, n_edges=n_edges, threshold=threshold)
+
+
+def check_pruning(
+    method: str, n_edges: int | None, threshold: float | None, direction: str
+) -> None:
+    """Refuse what pruning cannot do.
+
+    Raises:
+        TvInterpError: saying why.
+    """
+    if n_edges is not None:
+        raise TvInterpError(
+            f"method={method!r} cannot be told n_edges: what stays is decided edge by edge, by "
+            "threshold"
+        )
+    if threshold is None:
+        raise TvInterpError(
+            f"method={method!r} needs threshold, the least change of the metric for which "
+            "something stays"
+        )
+    if direction != "noise":
+        raise TvInterpError(
+            f"method={method!r} starts from the whole model and takes away, so it has "
+            f"direction='noise' only, got {direction!r}"
+        )
 
 
 def choose_edges(

@@ -12,11 +12,12 @@ from ..prompts import Task, get_task
 from ..prompts.corruptions import default_corruptions
 from ..scores import Metric
 from .ablation import Ablation
-from .circuits import discover_circuit
+from .circuits import check_pruning, discover_circuit
 from .common import Direction
 from .edges import Method, score_edges
 from .faithfulness import SHARES, CircuitReport, evaluate_circuit, measure_curve
 from .find import split_prompts
+from .pruning import PRUNINGS, Pruning, prune_edges
 
 MOST = 0.1
 """Largest size that is tried, as a share of all edges."""
@@ -33,8 +34,9 @@ def find_circuit(
     seed: int = 0,
     corruption: str | None = None,
     template: str | None = None,
-    method: Method = "eap-ig",
+    method: Method | Pruning = "eap-ig",
     n_edges: int | None = None,
+    threshold: float | None = None,
     direction: Direction = "noise",
     metric: str | Metric = "logit_diff",
     ablation: Ablation = "corrupted",
@@ -51,9 +53,10 @@ def find_circuit(
         seed: Decides prompts, halves, random circuits and resamples.
         corruption: As in `Prompts.corrupt`; None for the first that fits the task's family.
         template: Text with {x} and {y}; None for the model's own.
-        method: As in `score_edges`.
+        method: As in `discover_circuit`.
         n_edges: As in `discover_circuit`; None for the smallest of MIB's sizes up to 10 % of all
             edges whose faithfulness on the first half is within .05 of 1, else the closest.
+        threshold: As in `discover_circuit`, instead of a number.
         direction: As in `score_edges`.
         metric: As in `score_edges`.
         ablation: As in `evaluate_circuit`.
@@ -67,8 +70,11 @@ def find_circuit(
         PromptError: if prompts or corruption cannot be made.
         UnknownName: for an unknown task, corruption, method, metric or ablation.
         ScoreError: if the corruption makes no measurable difference.
-        TvInterpError: if no circuit connects the embedding with the logits.
+        TvInterpError: if no circuit connects the embedding with the logits, or as
+            `discover_circuit`.
     """
+    if method in PRUNINGS:
+        check_pruning(method, n_edges, threshold, direction)
     chosen = get_task(task) if isinstance(task, str) else task
     kind = corruption or default_corruptions(chosen)[0]
     halves = split_prompts(
@@ -77,14 +83,20 @@ def find_circuit(
     first, second = (half.corrupt(kind, seed=seed + 1) for half in halves)
     recorded = record(model, first)
     how: dict[str, Any] = {"metric": metric, "recorded": recorded, "progress": progress}
-    scores = score_edges(model, first, method=method, direction=direction, **how)
-    if n_edges is None:
+    if method == "acdc" or method == "nodes":
+        assert threshold is not None
+        scores = prune_edges(
+            model, first, threshold=threshold, method=method, ablation=ablation, **how
+        )
+    else:
+        scores = score_edges(model, first, method=method, direction=direction, **how)
+    if n_edges is None and threshold is None:
         shares = tuple(share for share in SHARES if share <= MOST)
         curve = measure_curve(
             model, first, scores, ablation=ablation, shares=shares, seed=seed, **how
         )
         n_edges = int(_smallest(curve) * scores.data.sizes["edge"])
-    circuit = discover_circuit(model, first, scores=scores, n_edges=n_edges)
+    circuit = discover_circuit(model, first, scores=scores, n_edges=n_edges, threshold=threshold)
     return evaluate_circuit(
         model,
         second,
