@@ -12,7 +12,7 @@ import pytest
 import torch
 import xarray as xr
 from conftest import KINDS
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from random_models import hf_model, word_tokenizer, words
 from test_prompts import assert_roles_spell_the_words
@@ -41,6 +41,7 @@ def fuzz(n: int):
         derandomize=True,
         database=None,
         deadline=None,
+        phases=[Phase.explicit, Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
 
@@ -121,7 +122,7 @@ corruptions = anything_but(st.sampled_from(CORRUPTIONS), ["", "answer"])
 
 
 @pytest.mark.slow
-@fuzz(400)
+@fuzz(450)
 @given(
     which=st.sampled_from(list(TOKENIZERS)),
     task=tasks(),
@@ -159,8 +160,11 @@ def test_prompts_of_any_words_know_their_roles_or_are_refused(which, task, how, 
 
 @functools.cache
 def contrast(which: str, n_prompts: int, n_demos: int, seed: int):
-    """Pairs of words that the tokenizer knows, of one or two tokens; doubles among them."""
-    w = words()[3:]
+    """Pairs of words that the tokenizer knows, of one or more tokens; doubles among them."""
+    w = list(words()[3:])
+    if which != "words":
+        pairs = tv.get_task("country-capital").pairs
+        w = [*list(pairs)[:20], *dict.fromkeys(pairs.values())]
     pairs = {w[i]: w[20 + i // 2] for i in range(20)} | {f"{w[i]} {w[i + 1]}": w[i] for i in (3, 9)}
     prompts = tv.make_prompts(
         model(which), tv.Task.from_pairs(pairs), n_demos=n_demos, n_prompts=n_prompts, seed=seed,
@@ -168,7 +172,7 @@ def contrast(which: str, n_prompts: int, n_demos: int, seed: int):
     )  # fmt: skip
     if seed == 1:
         prompts = prompts.select([0] * n_prompts)  # all prompts are the same
-    return prompts.corrupt("answers", seed=seed + 1)
+    return prompts.corrupt("random_answers", seed=seed + 1)
 
 
 roles = anything_but(st.sampled_from(ROLE_NAMES), ["", "query"])
@@ -276,7 +280,7 @@ def test_every_analysis_gives_finite_numbers_of_its_shape_or_is_refused(
 
 
 @pytest.mark.slow
-@fuzz(100)
+@fuzz(50)
 @given(data=st.data())
 def test_scores_of_any_numbers_are_averaged_tested_and_kept(data, tmp_path_factory):
     n, layers, heads_ = (data.draw(st.integers(1, most)) for most in (6, 3, 3))
@@ -291,10 +295,11 @@ def test_scores_of_any_numbers_are_averaged_tested_and_kept(data, tmp_path_facto
     clusters = tuple(data.draw(st.lists(st.sampled_from("abλ "), min_size=n, max_size=n)))
     scores = Scores(array, "logits", whole, clusters, {"at": "answer", "corruption": "answers"})
     level = data.draw(st.sampled_from([0.9, 0.95, 0.5]))
-    for of in ("mean", "recovered"):
+    for of in data.draw(st.sampled_from([("mean",), ("recovered",)])):
         interval = attempt(lambda of=of: scores.ci(of, level=level))
         if interval is not None:
-            assert np.isfinite(interval.to_array()).all()
+            one = len(set(clusters)) == 1  # nothing to resample: the interval is the whole line
+            assert (np.isfinite(interval.value) & (np.isfinite(interval.lo) | one)).all()
             assert (interval.lo <= interval.hi).all()
     pvalues = attempt(scores.pvalues)
     assert pvalues is None or ((pvalues > 0) & (pvalues <= 1)).all()
