@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from random_models import word_tokenizer
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from trained_tokenizers import CONNECTIVES, byte_level, sentence_piece, wrap
 
 from tv_interp.errors import PromptError, TvInterpError, UnknownName
 from tv_interp.models.reference.vocabulary import make_tokenizer, words
@@ -20,7 +21,6 @@ from tv_interp.prompts import Contrast, Prompts, Sample, Task, get_task, make_pr
 from tv_interp.prompts.roles import DEMO_ROLES, ROLE_NAMES, Role, Template
 
 TEMPLATES = ("{x} is {y}\n", "{x} -> {y}\n", "Q: {x}\nA: {y}\n\n", "{x}->{y};")
-CONNECTIVES = ("is", "->", ":", "=>", ";", "Q:", "A:", "Q", "A")
 PAIRS = {
     "big cat": "old town",
     "hot": "cold",
@@ -30,45 +30,6 @@ PAIRS = {
     "open": "closed for good",
     "north": "south",
 }
-
-
-def _wrap(core: Tokenizer, bos: str, **special):
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token=bos, eos_token=bos, **special)
-
-
-@functools.cache
-def byte_level(normalizer: normalizers.Normalizer | None = None):
-    """Train a tokenizer like GPT-2's: spaces belong to words, words split, no word is unknown."""
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=700,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    shipped = [w for w in words()[3:] if not w.isdigit()]
-    lines = [
-        f"{w} {c} {v}" for w, v in zip(shipped, shipped[1:], strict=False) for c in CONNECTIVES[:2]
-    ]
-    core.train_from_iterator(lines, trainer)
-    if normalizer is not None:
-        core.normalizer = normalizer
-    return _wrap(core, "<|endoftext|>", unk_token="<|endoftext|>")
-
-
-@functools.cache
-def sentence_piece():
-    """Train a tokenizer like Llama's: unigram pieces, ``▁`` for a space and in front of a text."""
-    core = Tokenizer(models.Unigram())
-    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-    trainer = trainers.UnigramTrainer(
-        vocab_size=600, special_tokens=["<s>", "<unk>"], unk_token="<unk>", show_progress=False
-    )
-    core.train_from_iterator([*words()[3:], *CONNECTIVES * 9, "\n", "-", ">", ";"], trainer)
-    return _wrap(core, "<s>", unk_token="<unk>")
 
 
 @functools.cache
@@ -736,7 +697,7 @@ def test_words_that_are_longer_in_their_new_place_leave_both_sides(n_ctx):
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex("h(?=ot is c)"), "isolated"), pre_tokenizers.WhitespaceSplit()]
     )
-    tokenizer = _wrap(core, "<s>", unk_token="<unk>")
+    tokenizer = wrap(core, "<s>", unk_token="<unk>")
     demos = [("up", "a"), ("hot", "b"), ("left", "c")]
     task = fixed(demos, query="up", answer="a", foil="b")
     prompts = make_prompts(

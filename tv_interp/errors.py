@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from numbers import Integral
 
 
 class TvInterpError(ValueError):
@@ -36,6 +37,16 @@ class TrainingError(TvInterpError):
 
 class FileError(TvInterpError):
     """A file that cannot be read or written."""
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that no generator takes.
+
+    Raises:
+        TvInterpError: if it is negative or no whole number.
+    """
+    if not isinstance(seed, Integral) or seed < 0:
+        raise TvInterpError(f"expected seed to be a whole number of 0 or more, got {seed!r}")
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> UnknownName:

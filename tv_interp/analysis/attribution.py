@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from ..interventions.recording import Run
 from ..models.adapter import Edit, HookName
+from ..models.finite import not_finite
 from ..models.parts import VIA, Parts, Via
 from ..models.replay import Layout, Tape
 from ..scores.metrics import Readout
@@ -101,6 +102,9 @@ def attribute(
 
     Returns:
         Scores of the change from the first run to the other, ``[prompt, edge]``.
+
+    Raises:
+        ModelError: if a score is NaN or infinite.
     """
     base, other = runs
     adapter = parts.adapter
@@ -130,6 +134,8 @@ def attribute(
                         x, swaps = swap(a)
                         step.add(found, part, x, 1 / len(points), swaps)
             out[which.numpy()] = found
+    if not np.isfinite(out).all():
+        raise not_finite(adapter, "scores")
     return out
 
 

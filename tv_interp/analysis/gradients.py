@@ -16,6 +16,7 @@ from torch import Tensor
 from ..errors import ModelError, ScoreError
 from ..interventions.recording import call_bytes
 from ..models.adapter import Adapter, Edit, HookName
+from ..models.finite import not_finite
 from ..models.replay import Layout, Tape
 from ..scores.metrics import Readout
 
@@ -54,7 +55,7 @@ class Walk:
 
         Raises:
             ScoreError: if the metric cannot be differentiated.
-            ModelError: if the model discards edits of a leaf.
+            ModelError: if the model discards edits of a leaf, or gradients are NaN or infinite.
         """
         names = list(leaves)
         made: dict[HookName, Tensor] = {}
@@ -95,6 +96,9 @@ class Walk:
                 f"{adapter.name} discards edits of {missing[0][0]} in layer {missing[0][1]}, so "
                 'its gradient cannot be taken: load it with backend="hooked"'
             )
+        for name, gradient in zip(names, found, strict=True):
+            if not gradient.isfinite().all():
+                raise not_finite(adapter, f"gradients at {name[0]} of layer {name[1]}")
         self.gradients = dict(zip(names, found, strict=True))
 
 

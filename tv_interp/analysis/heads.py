@@ -557,7 +557,10 @@ def knock_out(
             raise PromptError(f"a prompt has no {role!r} token (template {prompts.template!r})")
     if demos is not None:
         if not set(demos) <= set(range(prompts.n_demos)):
-            raise TvInterpError(f"demos {list(demos)} are not all within 0..{prompts.n_demos - 1}")
+            raise TvInterpError(
+                f"demos {list(demos)} are not all within 0..{prompts.n_demos - 1}: they are "
+                "counted from 0"
+            )
         src_mask = src_mask & torch.isin(prompts.demo_ids, torch.tensor(list(demos)))
     groups: list[list[Head]] = [[head] for head in all_heads(adapter)]
     if sets is not None:

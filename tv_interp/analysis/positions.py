@@ -64,7 +64,8 @@ def patch_positions(
         )
     run = Experiment(model, contrast, recorded, direction, metric, "query_is")
     places: list[Any] = list(range(lengths[0])) if by == "token" else _roles_of(prompts)
-    differ = (prompts.tokens != contrast.corrupted.tokens).any(0)
+    ours, theirs = (p.tokens[:, : lengths[0]] for p in (prompts, contrast.corrupted))
+    differ = (ours != theirs).any(0)  # without padding, which may be of other widths
     before = int(differ.int().argmax()) if differ.any() else 0
     variants: list[Variant] = []
     for place in places:

@@ -20,7 +20,7 @@ import xarray as xr
 from scipy import stats
 
 from ..display import Shown
-from ..errors import TvInterpError
+from ..errors import TvInterpError, check_seed
 from ..interventions.sites import Patch, Site, Variant
 from ..models.adapter import Adapter
 from ..prompts import Contrast
@@ -137,6 +137,7 @@ def rank_heads(
         raise TvInterpError(f"expected a confidence between 0 and 1, got {confidence}")
     if not tolerance >= 0:
         raise TvInterpError(f"expected a tolerance of 0 or more, got {tolerance}")
+    check_seed(seed)
     n, order = len(contrast), np.random.default_rng(seed).permutation(len(contrast))
     looks = _looks(n)
     level = (1 - confidence) / (len(heads) * max(1, len(looks) - 1))

@@ -21,6 +21,7 @@ from ..errors import PromptError, unknown
 from ..interventions.engine import check_layers
 from ..interventions.recording import Run, record_run
 from ..models.adapter import Adapter
+from ..models.finite import not_finite
 from ..prompts import Prompts
 from ..scores import Metric, Scores, get_metric
 from ..scores.metrics import Targets
@@ -181,7 +182,11 @@ def _gather(
     metric: Metric,
     reduce: Callable[[Tensor, Tensor], Tensor],
 ) -> np.ndarray:
-    """Reduce each layer's saliency to ``[prompt, layer, ...]``."""
+    """Reduce each layer's saliency to ``[prompt, layer, ...]``.
+
+    Raises:
+        ModelError: if it is NaN or infinite.
+    """
     run = record_run(adapter, prompts)
     check_layers(run)
     out: np.ndarray | None = None
@@ -191,6 +196,8 @@ def _gather(
             out = np.zeros((len(prompts), adapter.n_layers, *part.shape[1:]), dtype=part.dtype)
         out[rows.numpy(), layer] = part
     assert out is not None
+    if not np.isfinite(out).all():
+        raise not_finite(adapter, "scores")
     return out
 
 

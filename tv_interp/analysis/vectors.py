@@ -31,12 +31,12 @@ from ..interventions.recording import (
     batches,
     check_fits,
     check_memory,
-    not_finite,
     probe_replays,
     record_run,
 )
 from ..interventions.sites import Head, Patch, Site, Variant
 from ..models.adapter import Adapter, Edit, HookName
+from ..models.finite import not_finite
 from ..models.replay import Layout, Tape
 from ..prompts import Prompts
 from ..prompts.roles import DEMO_ROLES, parse_role
@@ -257,7 +257,7 @@ def _collect(
     """Go through the prompts and pick a role's last tokens out of what is read in each layer.
 
     Raises:
-        ModelError: if the logits are NaN.
+        ModelError: if the logits, or what is picked, are NaN or infinite.
     """
     positions = prompts.positions(at)
     columns = positions if positions.ndim == 2 else positions[:, None]
@@ -265,10 +265,10 @@ def _collect(
     for rows, tokens in batches(adapter, prompts, check_memory(None)):
         index = torch.arange(len(rows))[:, None]
         layers, last = read(tokens)
-        if last.isnan().any():
-            raise not_finite(adapter, "logits")
         logits.append(last.cpu())
         taken = torch.stack([layer.cpu()[index, columns[rows]] for layer in layers], 1)
+        if not taken.isfinite().all():  # a last layer's need not reach the logits
+            raise not_finite(adapter, f"vectors at {at!r}")
         # half precisions have no place in netCDF
         parts.append(taken.float() if taken.dtype in (torch.float16, torch.bfloat16) else taken)
         order.append(rows)

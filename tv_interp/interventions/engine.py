@@ -31,9 +31,10 @@ from tqdm import tqdm
 
 from ..errors import ModelError, PromptError
 from ..models.adapter import Adapter, Edit, HookName, Read
+from ..models.finite import not_finite
 from ..models.replay import Layout, Tape
 from ..prompts import Prompts
-from .recording import Run, call_bytes, check_memory, not_finite, record_run, slot_bytes
+from .recording import Run, call_bytes, check_memory, record_run, slot_bytes
 from .sites import Cut, Patch, Variant
 
 Readout = Callable[[Float[Tensor, "row vocab"], Int[Tensor, " row"]], Float[Tensor, "row *metric"]]

@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..errors import ModelError, unknown
+from .finite import check_logits
 from .replay import Layout, Listener, Prefix, Stop, Tape, is_cache, lay_out
 
 Edit = Callable[[Tensor], Tensor]
@@ -145,13 +146,19 @@ class Adapter:
 
         Raises:
             UnknownName: if a component is not known.
-            ModelError: if the model has no such hook point, or one never fired.
+            ModelError: if the model has no such hook point, one never fired, or logits are NaN or
+                infinite.
         """
         with self._hooked(edits, reads), self._last_unembedded(), torch.no_grad():
-            return self.model(tokens.to(self.device), return_type="logits")[:, -1]
+            logits = self.model(tokens.to(self.device), return_type="logits")[:, -1]
+        return check_logits(self, logits, tokens, edits)
 
     def tape(self, tokens: Int[Tensor, "row pos"]) -> Tape:
-        """Run the model once and keep what `block` needs; only the last token is unembedded."""
+        """Run the model once and keep what `block` needs; only the last token is unembedded.
+
+        Raises:
+            ModelError: if logits are NaN or infinite.
+        """
         tape, handles = Tape(), []
 
         def before(block: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -180,6 +187,7 @@ class Adapter:
         finally:
             for handle in handles:
                 handle.remove()
+        check_logits(self, tape.logits[0], tokens)
         return tape
 
     def block(
@@ -464,6 +472,7 @@ class Adapter:
         hooks = {("resid_pre", 0): enter, **(edits or {})}
         with self._hooked(hooks, None), torch.enable_grad():
             logits = self.model(tokens.to(self.device), return_type="logits")[:, -1]
+            check_logits(self, logits, tokens, edits)
             rows = [
                 torch.autograd.grad(logits[:, k].sum(), entered[0], retain_graph=True)[0]
                 for k in outputs.tolist()

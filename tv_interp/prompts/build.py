@@ -15,7 +15,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from ..display import Shown, Tokens, as_text, readable
-from ..errors import PromptError
+from ..errors import PromptError, check_seed
 from .corruptions import Words, check_corruption, corrupt_words, draw_answers
 from .roles import (
     DEMO_ROLES,
@@ -236,6 +236,7 @@ class Prompts(Shown):
         Raises:
             PromptError: if the task does not know its other inputs, or a prompt has no other query.
         """
+        check_seed(seed)
         waiting = {}
         for row, sample in enumerate(self.samples):
             rule = getattr(sample, "rule", None)
@@ -295,7 +296,10 @@ class Prompts(Shown):
         other = get_task(other) if other is not None else None
         check_corruption(kind, self.task, other)
         if kind != "query" and self.n_demos == 0:
-            raise PromptError(f"corruption {kind!r} changes demonstrations, and there are none")
+            raise PromptError(
+                f"corruption {kind!r} changes demonstrations, and there are none: make prompts with "
+                "n_demos of 1 or more"
+            )
         return self._twins(
             kind, seed, lambda words, rng: corrupt_words(kind, words, rng, self.task, other)
         )
@@ -322,6 +326,7 @@ class Prompts(Shown):
     def _twins(
         self, kind: str, seed: int, make: Callable[[Words, np.random.Generator], Sample]
     ) -> Contrast:
+        check_seed(seed)
         dropped: Counter[str] = Counter()
         kept, samples = [], []
         for row in range(len(self)):
@@ -435,9 +440,9 @@ class Prompts(Shown):
             query = x if role == "answer" else word
             segments = Template.parse(self.template).render(demos, query)
             text = "".join(part for part, _, _ in segments)
-            encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            encoded = _encode(self.tokenizer, [text])
             try:
-                roles, _ = assign_roles(text, segments, encoded["offset_mapping"])
+                roles, _ = assign_roles(text, segments, encoded["offset_mapping"][0])
             except Misaligned:
                 roles = []
             wanted = Role.answer if role == "answer" else Role.query_x
@@ -599,6 +604,7 @@ def make_prompts(
     """
     if n_prompts < 1:
         raise PromptError(f"expected n_prompts of 1 or more, got {n_prompts}")
+    check_seed(seed)
     task = get_task(task)
     if n_demos < 0:
         raise PromptError(f"expected n_demos of 0 or more, got {n_demos}")
@@ -677,13 +683,12 @@ def _assemble(
     rendered = [template.render(list(s.demos), s.query) for s in samples]
     texts = ["".join(part for part, _, _ in segments) for segments in rendered]
 
-    def encode(lines: list[str]) -> Any:
-        return like.tokenizer(lines, add_special_tokens=False, return_offsets_mapping=True)
-
     if samples:
-        plain = encode(texts)
+        plain = _encode(like.tokenizer, texts)
         answers, foils = (
-            encode([t + template.gap + w for t, w in zip(texts, words, strict=True)])
+            _encode(
+                like.tokenizer, [t + template.gap + w for t, w in zip(texts, words, strict=True)]
+            )
             for words in ([s.answer for s in samples], [s.foil for s in samples])
         )
     rows: list[tuple] = []
@@ -728,6 +733,23 @@ def _assemble(
         dropped=dict(dropped),
     )
     return prompts, kept
+
+
+def _encode(tokenizer: Any, texts: list[str]) -> Any:
+    """Tokenize texts, with the characters of each token.
+
+    Raises:
+        PromptError: if one is no Unicode text.
+    """
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise PromptError(
+                f"{text[error.start]!r} in a prompt is half of a surrogate pair and no character: "
+                "read your words and template as UTF-8"
+            ) from error
+    return tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
 
 
 def _first_new(

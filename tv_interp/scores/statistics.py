@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy import stats
 
-from ..errors import ScoreError
+from ..errors import ScoreError, check_seed
 
 N_BOOT = 4000
 MAX_EXACT = 14
@@ -63,6 +63,7 @@ def bootstrap(
     Raises:
         ScoreError: if the level is not between 0 and 1.
     """
+    check_seed(seed)
     if not 0 < level < 1:
         raise ScoreError(f"expected a level between 0 and 1, got {level}")
     sums, sizes = cluster_sums(values, clusters)
@@ -139,6 +140,7 @@ def sign_flip_pvalues(
         signs = np.concatenate([np.ones((len(grid), 1)), 1.0 - 2.0 * grid], 1)
         hits = (np.abs(signs @ sums) >= threshold).mean(0)
         return np.where(scale == 0, 1.0, hits)
+    check_seed(seed)
     if n_flips is None:
         needed = smallest or 0.05 / values.shape[1]
         n_flips = int(min(200_000, max(2_000, np.ceil(4 / needed))))
