@@ -12,7 +12,14 @@ from scipy import stats
 
 import tv_interp as tv
 from tv_interp.models.load import WEIGHTS
-from tv_interp.show.arms import REDUNDANCY, compare_arms, measure_arms, plot_arms
+from tv_interp.show.arms import (
+    REDUNDANCY,
+    compare_arms,
+    measure_arms,
+    plot_arms,
+    show_arms,
+    write_rows,
+)
 from tv_interp.show.phenomena import KINDS, WITHOUT
 
 HERE = [kind for kind in KINDS if kind != "separator"]  # of prompts without one
@@ -60,6 +67,20 @@ def test_what_cannot_be_compared_is_refused():
         compare_arms(few)
     with pytest.raises(tv.TvInterpError, match="expected rows of measure_arms"):
         plot_arms([])
+
+
+def test_a_table_and_a_figure_are_made_of_the_file(tmp_path, capsys):
+    write_rows(tmp_path / "arms.json", made_rows())
+    show_arms(str(tmp_path / "arms.json"), figure=str(tmp_path / "arms.svg"))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| quantity | arm | mean | n | difference | lo | hi |"
+    assert "| global | arm-heads | 0.70 | 3 | 0.50 | 0.25 | 0.75 |" in lines
+    assert "| global | arm-nothing | 0.20 | 3 |  |  |  |" in lines
+    assert "gain by the global vector" in (tmp_path / "arms.svg").read_text()
+    (tmp_path / "other.json").write_text('{"a": 1}')
+    for name, message in (("none.json", "cannot read"), ("other.json", "expected a file of rows")):
+        with pytest.raises(tv.TvInterpError, match=message):
+            show_arms(str(tmp_path / name))
 
 
 def test_the_figure_has_a_line_for_each_arm_and_a_thin_one_for_each_seed():

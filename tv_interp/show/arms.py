@@ -1,4 +1,7 @@
-"""Models that differ in one thing, over seeds: ``python -m tv_interp.show.arms RUNS [--out FILE]``.
+"""Models that differ in one thing, over seeds.
+
+``python -m tv_interp.show.arms measure RUNS --out FILE`` measures what ``train`` wrote,
+``python -m tv_interp.show.arms table FILE`` shows it.
 
 arXiv 2506.09048 says that task vectors are the redundancy that dropout asks for (its Proposition 5,
 for linear transformers whose token columns are dropped). The arms ask this of trained ones: the
@@ -20,6 +23,7 @@ from scipy import stats
 from ..errors import FileError, TvInterpError
 from ..files import write_text
 from ..models.load import load_model
+from .paper import save_figure
 from .phenomena import KINDS, WITHOUT, measure_phenomena
 from .plots import COLORS, DASHES
 
@@ -109,9 +113,9 @@ def compare_arms(rows: Sequence[dict[str, Any]], *, baseline: str = BASELINE) ->
         baseline: Arm that the others are held against.
 
     Returns:
-        One row a quantity and arm: the ``mean`` over tasks and seeds, and for all but the baseline
-        the ``difference`` to it with ``lo`` and ``hi`` (95 %, Student's t over pairs of seeds) and
-        ``n`` pairs. Quantities: the gain by each kind of vector at its best layer past block 0, and
+        One row a quantity and arm: the ``mean`` over tasks and seeds, ``n`` seeds, and for all but
+        the baseline the ``difference`` to it with ``lo`` and ``hi`` (95 %, Student's t over pairs
+        of seeds). Quantities: the gain by each kind of vector at its best layer past block 0, and
         `REDUNDANCY`.
 
     Raises:
@@ -134,9 +138,55 @@ def compare_arms(rows: Sequence[dict[str, Any]], *, baseline: str = BASELINE) ->
                     )
                 half = stats.t.ppf(0.975, len(pairs) - 1) * stats.sem(pairs)
                 mean = pairs.mean()
-                row |= {"difference": mean, "lo": mean - half, "hi": mean + half, "n": len(pairs)}
+                row |= {"difference": mean, "lo": mean - half, "hi": mean + half}
+            row["n"] = int(np.isfinite(block[arm].to_numpy()).sum())
             out.append(row)
     return pd.DataFrame(out)
+
+
+def show_arms(path: str, *, figure: str | None = None) -> None:
+    """Print what `compare_arms` says of a file of `measure_arms`.
+
+    Args:
+        path: The file.
+        figure: Where to draw it (SVG, PDF or PNG); None for no figure.
+
+    Raises:
+        FileError: if a file cannot be read or written.
+        TvInterpError: as `compare_arms`.
+    """
+    rows = read_rows(path)
+    print(as_table(compare_arms(rows)))
+    if figure is not None:
+        save_figure(plot_arms(rows), figure)
+
+
+def read_rows(path: str) -> list[dict[str, Any]]:
+    """Read what `write_rows` wrote.
+
+    Raises:
+        FileError: if it cannot be read or is something else.
+    """
+    try:
+        rows = json.loads(Path(path).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise FileError(f"cannot read {path}: {error}") from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise FileError(f"expected a file of rows in {path}, got something else")
+    return rows
+
+
+def as_table(table: pd.DataFrame) -> str:
+    """Write a table as Markdown; numbers have two digits, what is not there is blank."""
+    cells = [
+        [
+            "" if value != value else f"{value:.2f}" if isinstance(value, float) else str(value)
+            for value in row
+        ]
+        for row in table.astype(object).itertuples(index=False)
+    ]
+    head = [[str(name) for name in table.columns], ["---"] * len(table.columns)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in head + cells)
 
 
 def plot_arms(rows: Sequence[dict[str, Any]]) -> go.Figure:
@@ -168,7 +218,7 @@ def plot_arms(rows: Sequence[dict[str, Any]]) -> go.Figure:
                     seeds.setdefault(row["seed"], []).append(
                         np.array(values) - row.get("recipient", 0.0)
                     )
-            lines = [np.mean(tasks, 0) for tasks in seeds.values()]
+            lines = [np.round(np.mean(tasks, 0), 6).tolist() for tasks in seeds.values()]
             if not lines:
                 continue
             look = {"color": COLORS[i], "dash": DASHES[i]}
@@ -178,7 +228,7 @@ def plot_arms(rows: Sequence[dict[str, Any]]) -> go.Figure:
                     showlegend=False, opacity=0.35, hoverinfo="skip",
                     line={**look, "width": 1}, row=at, col=across,
                 )  # fmt: skip
-            mean = np.mean(lines, 0)
+            mean = np.round(np.mean(lines, 0), 6).tolist()
             figure.add_scatter(
                 x=list(range(len(mean))), y=mean, mode="lines+markers", name=arm,
                 legendgroup=arm, showlegend=panel == 0, line=look, row=at, col=across,
@@ -204,4 +254,4 @@ def _quantity(row: dict[str, Any]) -> dict[str, Any]:
 if __name__ == "__main__":
     from jsonargparse import auto_cli
 
-    auto_cli(measure_arms, as_positional=True)
+    auto_cli({"measure": measure_arms, "table": show_arms}, as_positional=True)

@@ -1,4 +1,7 @@
-"""What decides convergence? ``python -m tv_interp.show.familiarity RUNS [--out FILE]``.
+"""What decides convergence?
+
+``python -m tv_interp.show.familiarity measure RUNS --out FILE`` measures what ``train`` wrote,
+``python -m tv_interp.show.familiarity table FILE`` shows it.
 
 arXiv 2406.16007 leaves open what makes local vectors converge into one: how well the model knows
 the relation, or how complex its rule is. Models of the preset ``familiarity`` saw some relations up
@@ -18,7 +21,7 @@ from ..analysis.convergence import measure_convergence
 from ..errors import TvInterpError
 from ..models.load import load_model
 from ..prompts.tasks.knowledge import SHARED, relations
-from .arms import finished_runs, write_rows
+from .arms import as_table, finished_runs, read_rows, write_rows
 
 FACTORS = {
     "familiarity": "per factor of ten in how often training showed the relation, same relation",
@@ -101,6 +104,19 @@ def explain_convergence(rows: Sequence[dict[str, Any]], *, seed: int = 0) -> pd.
     return pd.DataFrame({**columns, "n": len(names), "per": list(FACTORS.values())})
 
 
+def show_familiarity(path: str) -> None:
+    """Print what `explain_convergence` says of a file of `measure_familiarity`.
+
+    Args:
+        path: The file.
+
+    Raises:
+        FileError: if it cannot be read.
+        TvInterpError: as `explain_convergence`.
+    """
+    print(as_table(explain_convergence(read_rows(path))))
+
+
 def _slopes(groups: Sequence[pd.DataFrame]) -> list[float]:
     """Fit the slopes of the three factors over groups of rows, one a relation."""
     value, weight, seeds = (
@@ -122,4 +138,4 @@ def _slopes(groups: Sequence[pd.DataFrame]) -> list[float]:
 if __name__ == "__main__":
     from jsonargparse import auto_cli
 
-    auto_cli(measure_familiarity, as_positional=True)
+    auto_cli({"measure": measure_familiarity, "table": show_familiarity}, as_positional=True)
