@@ -8,7 +8,6 @@ own word) and what MLPs make of both is no head's, so all heads together need no
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
@@ -24,6 +23,7 @@ from ..prompts import Contrast, Task, get_task
 from ..scores import Scores, get_metric
 from ..scores.metrics import Targets
 from .common import all_heads, as_sites, label_scores, provenance
+from .comparison import wrapped
 from .convergence import share_of
 from .find import HeadReport, control_sets, find_heads, split_prompts
 from .heads import patch_together
@@ -195,8 +195,8 @@ class HeadShares:
         s = self.settings
         lines = [
             f"{s['task']} on {s['model']}: what the found heads carry of a vector",
-            "Heads and layer from one half of the prompts, the rest from the other: share of the",
-            "vector's effect [95 %], and of sets of as many random heads, mean (range).",
+            "Heads and layer from one half of the prompts, the rest from the other: share of",
+            "the vector's effect [95 %], and of as many random heads, mean (range).",
             "alone: what heads write, unseen by MLPs; run: exchanged where they are.",
         ]
         titles = {
@@ -210,15 +210,13 @@ class HeadShares:
                 if r.through == THROUGH[0]:
                     names = ", ".join(f"L{head.layer}H{head.head}" for head in r.heads) or "none"
                     head = f"{r.corruption}, layer {r.layer}: vector {r.vector:+.2f} {s['unit']}; "
-                    lines += textwrap.wrap(
-                        f"{head}heads {names}", 80, initial_indent="  ", subsequent_indent="      "
-                    )
+                    lines.append(f"  {head}heads {names}")
                 text = f"    {r.through:<6}heads {_span(r.share, r.lo, r.hi)}, all {r.every:.2f}"
                 if r.controls:
                     text += f", random {np.mean(r.controls):.2f}"
                     text += f" ({min(r.controls):.2f} to {max(r.controls):.2f})"
                 lines.append(text)
-        return "\n".join(lines)
+        return "\n".join(wrapped(lines))
 
 
 def _span(value: float, lo: float, hi: float) -> str:
