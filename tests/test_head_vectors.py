@@ -109,7 +109,7 @@ def test_the_found_writers_carry_the_local_and_the_found_readers_the_global_vect
     )
     rows = [row for row in found.rows if row.corruption == "inputs"]  # these hide no head here
     assert [(r.label, r.through, r.layer) for r in rows] == [
-        ("writer", "alone", 1), ("writer", "run", 1), ("reader", "alone", 3), ("reader", "run", 3)
+        ("writer", "alone", 1), ("writer", "run", 1), ("reader", "alone", 2), ("reader", "run", 2)
     ]  # fmt: skip
     for row in rows:
         planted_heads = case.writers if row.label == "writer" else case.readers

@@ -8,7 +8,6 @@ own word) and what MLPs make of both is no head's, so all heads together need no
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
@@ -24,6 +23,7 @@ from ..prompts import Contrast, Task, get_task
 from ..scores import Scores, get_metric
 from ..scores.metrics import Targets
 from .common import all_heads, as_sites, label_scores, provenance
+from .comparison import wrapped
 from .convergence import share_of
 from .find import HeadReport, control_sets, find_heads, split_prompts
 from .heads import patch_together
@@ -134,8 +134,7 @@ class HeadShare(NamedTuple):
     Attributes:
         label: ``"writer"`` (of the local vector) or ``"reader"`` (of the global one).
         corruption: What the vector is exchanged against.
-        layer: The last layer where the whole vector keeps half of its largest effect, on the other
-            half of the prompts.
+        layer: Where what the heads write does most by itself, on the half that chose them.
         through: ``"alone"``: what the heads write is added there, and no MLP has seen it;
             ``"run"``: their outputs are exchanged where they are, so that all later parts respond.
         heads: The found heads up to that layer; none above it can be in the vector.
@@ -195,8 +194,8 @@ class HeadShares:
         s = self.settings
         lines = [
             f"{s['task']} on {s['model']}: what the found heads carry of a vector",
-            "Heads and layer from one half of the prompts, the rest from the other: share of the",
-            "vector's effect [95 %], and of sets of as many random heads, mean (range).",
+            "Heads and layer from one half of the prompts, the rest from the other: share of",
+            "the vector's effect [95 %], and of as many random heads, mean (range).",
             "alone: what heads write, unseen by MLPs; run: exchanged where they are.",
         ]
         titles = {
@@ -210,15 +209,13 @@ class HeadShares:
                 if r.through == THROUGH[0]:
                     names = ", ".join(f"L{head.layer}H{head.head}" for head in r.heads) or "none"
                     head = f"{r.corruption}, layer {r.layer}: vector {r.vector:+.2f} {s['unit']}; "
-                    lines += textwrap.wrap(
-                        f"{head}heads {names}", 80, initial_indent="  ", subsequent_indent="      "
-                    )
+                    lines.append(f"  {head}heads {names}")
                 text = f"    {r.through:<6}heads {_span(r.share, r.lo, r.hi)}, all {r.every:.2f}"
                 if r.controls:
                     text += f", random {np.mean(r.controls):.2f}"
                     text += f" ({min(r.controls):.2f} to {max(r.controls):.2f})"
                 lines.append(text)
-        return "\n".join(lines)
+        return "\n".join(wrapped(lines))
 
 
 def _span(value: float, lo: float, hi: float) -> str:
@@ -238,10 +235,10 @@ def measure_head_shares(
 ) -> HeadShares:
     """Find writers and readers, and measure what they carry of the local and the global vector.
 
-    `find_heads` chooses the heads on one half of the prompts, which also chooses the layer: the
-    last one where the whole vector keeps half of its largest effect. On the other half that vector
-    is put into corrupted prompts, then the found heads' part alone, then that of random heads from
-    the same layers, found heads left out; see `head_vectors` and `patch_together`.
+    `find_heads` chooses the heads on one half of the prompts, which also chooses the layer: the one
+    where what they write does most by itself. On the other half the whole vector is put into
+    corrupted prompts at that layer, then the found heads' part, then that of random heads from the
+    same layers, found heads left out; see `head_vectors` and `patch_together`.
 
     Args:
         model: A HookedTransformer or TransformerBridge in eval mode.
@@ -276,8 +273,8 @@ def measure_head_shares(
     for label, (at, heads, others) in labels.items():
         for kind in kinds if heads else ():
             fit, test = (half.corrupt(kind, seed=seed + 1 + i) for i, half in enumerate(halves))
-            layer = _last_layer(model, fit, at)
             sites = [head.site for head in heads]
+            layer = _layer_of(model, fit, sites, at)
             taken = [head.site for head in others]
             sets = head_vectors(model, test, sites, at=at, taken=taken, seed=seed)
             alone = replace(sets.scores, data=sets.scores.data.sel(layer=layer, drop=True))
@@ -293,14 +290,15 @@ def measure_head_shares(
     return HeadShares(tuple(rows), scores, found, settings)
 
 
-def _last_layer(model: Any, contrast: Contrast, at: str) -> int:
-    """Find the last layer where the whole vector keeps half of its largest effect."""
-    vectors = extract_vectors(model, contrast.clean, at=at)
-    run = record_run(Adapter.of(model), contrast.corrupted)
+def _layer_of(model: Any, contrast: Contrast, heads: Sequence[Site], at: str) -> int:
+    """Find the layer where what the heads write does most by itself."""
+    written = _exchange(model, contrast, at, [head.at for head in heads])
+    total = written.data.cumsum("layer").assign_coords(written.data.coords)
     dummy = replace(contrast.corrupted, answer=contrast.answer, foil=contrast.foil)
-    found = inject_vectors(model, dummy, vectors, metric="logit_diff", run=run)
-    rise = found.mean().values - found.attrs["recipient"]
-    return int(np.flatnonzero(rise >= min(rise.max(), rise.max() / 2))[-1])
+    found = inject_vectors(
+        model, dummy, replace(written, data=total), mode="add", metric="logit_diff"
+    )
+    return int(found.mean().values.argmax())
 
 
 def _in_the_run(
