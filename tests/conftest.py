@@ -47,6 +47,24 @@ def tiny_model(arch: str, kind: str, dtype: torch.dtype = torch.float32, **setti
         return build(hf_model(arch, dtype=dtype, **settings), word_tokenizer(words()))
 
 
+CHROMIUM = "/usr/bin/chromium"
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Headless Chromium; see the mark ``browser``."""
+    if not os.path.exists(CHROMIUM):
+        if os.environ.get("TV_INTERP_REQUIRE_BROWSER") == "1":
+            pytest.fail(f"TV_INTERP_REQUIRE_BROWSER=1 and there is no {CHROMIUM}")
+        pytest.skip(f"there is no {CHROMIUM}")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
 @pytest.fixture(params=KINDS)
 def kind(request) -> str:
     """Each TransformerLens class that is installed."""

@@ -28,7 +28,6 @@ from tv_interp.scores import Scores
 from tv_interp.show import plots, views
 from tv_interp.show.report import effects_by_demo, write_report
 
-CHROMIUM = "/usr/bin/chromium"
 EVIL = '<img/src="x"/onerror="window.pwned=1">'
 TOKENS = [
     "<bos>",
@@ -495,20 +494,6 @@ def test_write_report_refuses_what_it_cannot_show(tmp_path):
 # ---------------------------------------------------------------------------------------- browser
 
 
-@pytest.fixture(scope="module")
-def browser():
-    if not Path(CHROMIUM).exists():
-        if os.environ.get("TV_INTERP_REQUIRE_BROWSER") == "1":
-            pytest.fail(f"TV_INTERP_REQUIRE_BROWSER=1 and there is no {CHROMIUM}")
-        pytest.skip(f"there is no {CHROMIUM}")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
 DRAWN = """() => [...document.querySelectorAll('.tv-plot')].every(plot => plot.querySelector(
   '.heatmaplayer image, .scatterlayer .trace, .barlayer .trace'))
   && document.querySelectorAll('#attention canvas').length >= HEADS"""
@@ -525,8 +510,44 @@ WIDE = """() => [...document.querySelectorAll('body *')].filter(element =>
 ).map(element => element.outerHTML.slice(0, 80))"""
 
 
+def assert_circuit_is_alive(page) -> None:
+    """Point at an edge and at a node, and leave the paths through a node by a click."""
+    plot = page.locator(".tv-plot:has(.updatemenu-container)").first
+    plot.scroll_into_view_if_needed()
+    look = "plot => plot.data.filter(t => t.mode === 'lines').map(t => t.opacity)"
+    before = plot.evaluate(look)
+    box, at = plot.bounding_box(), plot.evaluate(
+        """plot => {
+        const edge = plot.data.filter(t => t.mode === 'lines').at(-1), l = plot._fullLayout;
+        const node = plot.data.find(t => t.name === 'logits');
+        const place = (t, i) => [l.xaxis.l2p(t.x[i]) + l.xaxis._offset,
+                                 l.yaxis.l2p(t.y[i]) + l.yaxis._offset];
+        return {edge: place(edge, 8), node: place(node, 0)}; }"""
+    )  # fmt: skip
+    page.mouse.move(box["x"] + at["edge"][0], box["y"] + at["edge"][1])
+    page.wait_for_selector(".hoverlayer .hovertext")
+    hover = page.locator(".hoverlayer .hovertext").first.text_content()
+    assert "->" in hover or "@" in hover
+    page.mouse.move(box["x"] + at["node"][0], box["y"] + at["node"][1])
+    page.wait_for_timeout(300)
+    assert "logits" in page.locator(".hoverlayer .hovertext").first.text_content()
+    names = plot.evaluate("plot => plot.layout.meta.paths")
+    name = min(names, key=lambda each: len(names[each]))
+    plot.evaluate(
+        f"plot => plot.emit('plotly_click', {{points: [{{customdata: {json.dumps(name)}}}]}})"
+    )
+    page.wait_for_timeout(300)
+    faded = plot.evaluate(look)
+    assert [i for i, o in enumerate(faded) if o > plots.FADED] == names[name]
+    plot.evaluate(
+        f"plot => plot.emit('plotly_click', {{points: [{{customdata: {json.dumps(name)}}}]}})"
+    )
+    page.wait_for_timeout(300)
+    assert plot.evaluate(look) == before
+
+
 @pytest.mark.browser
-@pytest.mark.parametrize("name, heads", [("evil", 3), ("nothing", 0)])
+@pytest.mark.parametrize("name, heads", [("evil", 3), ("nothing", 0), ("evil-circuit", 0)])
 def test_the_report_opens_with_the_network_off(browser, pages, tmp_path, name, heads):
     context = browser.new_context(
         offline=True, viewport={"width": 400, "height": 900}, color_scheme="dark"
@@ -553,7 +574,10 @@ def test_the_report_opens_with_the_network_off(browser, pages, tmp_path, name, h
     assert page.evaluate("window.pwned") is None
     assert page.evaluate("document.querySelectorAll('img').length") == 0
     assert page.locator(".modebar-btn[data-title*=Share]").count() == 0
-    if heads:
+    if name == "evil-circuit":
+        assert_circuit_is_alive(page)
+        assert EVIL in " ".join(page.locator(".tokens").all_inner_texts())
+    if name == "evil":
         shown = " ".join(page.locator(".tokens").all_inner_texts())
         assert all(token in shown for token in (EVIL, "</s>", "</script>", "שלום", "a↵b"))
         assert EVIL in page.locator("#look-0").inner_text().replace("\xa0", " ")
@@ -593,3 +617,86 @@ def test_a_title_of_any_length_stands_between_the_top_and_the_plot(browser, word
     assert title["top"] >= top + 3
     assert title["bottom"] <= page.evaluate(box.format(".heatmaplayer image") + ".top")
     page.close()
+
+
+@pytest.mark.browser
+def test_pointing_at_a_cell_tells_its_interval(browser, tmp_path):
+    s = scores(layer=2, head=3)
+    page = browser.new_page(viewport={"width": 800, "height": 600})
+    page.set_default_timeout(240_000)
+    page.set_content("<!doctype html>" + plots.plotly_script() + plots.fragment(s.plot(), "f"))
+    cell = page.locator(".heatmaplayer image").bounding_box()
+    page.mouse.move(cell["x"] + cell["width"] / 6, cell["y"] + cell["height"] / 4)
+    page.wait_for_selector(".hoverlayer .hovertext")
+    told = page.locator(".hoverlayer .hovertext").text_content()
+    ci = s.ci("recovered")
+    low, high = (float(f"{float(ci[k][0, 0]):.6g}") for k in ("lo", "hi"))
+    assert "L0H0" in told and f"{low:+.4g} to {high:+.4g}".replace("-", "−") in told
+    page.close()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width, scheme", [(400, "dark"), (1400, "light")])
+def test_twenty_views_stand_in_one_small_page(browser, tmp_path, width, scheme):
+    rng = np.random.default_rng(0)
+    pattern = np.tril(rng.random((2, len(TOKENS), len(TOKENS))))
+    shown = [
+        views.attention_view(pattern, TOKENS, ["0.0", "1.1"], name=f"a-{i}") for i in range(10)
+    ]
+    shown += [
+        views.token_view(TOKENS, rng.normal(size=len(TOKENS)), name=f"t-{i}") for i in range(10)
+    ]
+    body = "".join(f'<div class="paper">{view.html}</div>' for view in shown)
+    text = "<!doctype html><meta charset=utf-8>" + views.bundle_script() + body + "<p id=end>end"
+    assert len(text.encode()) < 3_000_000
+    (tmp_path / "views.html").write_text(text, encoding="utf-8")
+    page, said, asked = watched(browser, width, scheme)
+    page.goto((tmp_path / "views.html").as_uri())
+    page.wait_for_function("document.querySelectorAll('canvas').length >= 20")
+    page.wait_for_function(
+        "[...document.querySelectorAll('[id^=t-]')].every(d => d.children.length)"
+    )
+    page.wait_for_timeout(500)
+    assert page.evaluate(BLANK) == 0 and page.locator("#end").is_visible()
+    assert page.evaluate("window.pwned") is None
+    assert said == [] and asked == [(tmp_path / "views.html").as_uri()]
+    page.context.close()
+
+
+def watched(browser, width: int, scheme: str):
+    """Open a page without a network, and note what it says and asks for."""
+    context = browser.new_context(
+        offline=True, viewport={"width": width, "height": 900}, color_scheme=scheme
+    )
+    context.set_default_timeout(240_000)
+    page, said, asked = context.new_page(), [], []
+    page.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    return page, said, asked
+
+
+BUILT = Path(__file__).parent.parent / "docs" / "_build" / "tutorials"
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+@pytest.mark.parametrize("width, scheme", [(400, "dark"), (1400, "light")])
+@pytest.mark.parametrize("number", range(1, 6))
+def test_a_tutorials_page_draws_every_figure_and_asks_nobody(browser, number, width, scheme):
+    found = sorted(BUILT.glob(f"0{number}_*.html"))
+    if not found and os.environ.get("TV_INTERP_REQUIRE_BROWSER") != "1":
+        pytest.skip("there is no docs/_build: make docs")
+    (path,) = found
+    page, said, asked = watched(browser, width, scheme)
+    page.goto(path.as_uri())
+    page.wait_for_function(
+        "[...document.querySelectorAll('.tv-plot')].every(plot => plot.querySelector("
+        "'.heatmaplayer image, .scatterlayer .trace, .barlayer .trace'))"
+    )
+    assert page.locator(".tv-plot").count() >= 2
+    assert page.evaluate(BLANK) == 0
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert said == []
+    assert [url for url in asked if not url.startswith(("file://", "data:", "blob:"))] == []
+    page.context.close()

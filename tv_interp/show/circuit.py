@@ -97,7 +97,8 @@ def plot_circuit(
         title += f", {about.get('method', '')}, corruption {about.get('corruption', '')}"
     levels = circuit.graph.n_layers
     layout: dict[str, Any] = {
-        "title": {"text": title + (f"<br><sub>{count}</sub>" if count else ""), "x": 0.01,
+        "title": {"text": "<br>".join(filter(None, (title, count and f"<sub>{count}</sub>"))),
+                  "x": 0.01, "y": 1, "yref": "container", "yanchor": "top", "pad": {"t": 16},
                   "font": {"size": 14}},
         "height": 230 + 90 * (levels + 1), "hovermode": "closest", "autosize": True,
         "meta": {"paths": paths}, "updatemenus": [_menu(traces, nodes, paths)],

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -281,7 +282,8 @@ def _circuit(report: CircuitReport, figures: Figures, name: str) -> dict[str, An
 
 
 def _interval(interval: Any) -> str:
-    return f"{interval.value:.0%} [{interval.lo:.0%} to {interval.hi:.0%}]"
+    text = f"{interval.value:.0%} [{interval.lo:.0%} to {interval.hi:.0%}]"
+    return re.sub(r"-0%", "0%", text)
 
 
 def _circuit_call(report: CircuitReport) -> str:
