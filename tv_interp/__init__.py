@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .analysis.edges import score_edges
     from .analysis.faithfulness import (
         CircuitReport,
+        compare_circuits,
         evaluate_circuit,
         measure_curve,
         measure_stability,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
         patch_sources,
         patch_together,
     )
+    from .analysis.hypotheses import CircuitTests, check_circuit
     from .analysis.interactions import patch_interactions
     from .analysis.many_vectors import (
         Combination,
@@ -134,6 +136,9 @@ _HOME = {
     "discover_circuit": ".analysis.circuits",
     "CircuitReport": ".analysis.faithfulness",
     "evaluate_circuit": ".analysis.faithfulness",
+    "compare_circuits": ".analysis.faithfulness",
+    "CircuitTests": ".analysis.hypotheses",
+    "check_circuit": ".analysis.hypotheses",
     "measure_curve": ".analysis.faithfulness",
     "measure_stability": ".analysis.faithfulness",
     "find_circuit": ".analysis.discovery",
@@ -157,6 +162,7 @@ __all__ = [  # noqa: PLE0604
     "Cell",
     "Circuit",
     "CircuitReport",
+    "CircuitTests",
     "Claims",
     "Combination",
     "Contrast",
@@ -185,10 +191,12 @@ __all__ = [  # noqa: PLE0604
     "VectorReport",
     "Vectors",
     "ablate_demos",
+    "check_circuit",
     "check_claims",
     "check_predictions",
     "combine_demonstrations",
     "compare_bijection",
+    "compare_circuits",
     "compare_heads",
     "compare_vectors",
     "depth_profile",

@@ -143,6 +143,7 @@ def circuit(
     direction: Literal["denoise", "noise"] = "noise",
     metric: str = "logit_diff",
     ablation: Literal["corrupted", "mean", "zero"] = "corrupted",
+    cache: str | None = None,
     backend: Literal["auto", "hooked", "bridge"] = "auto",
     out: str | None = None,
     json: bool = False,
@@ -167,6 +168,7 @@ def circuit(
         metric: logit_diff, prob, log_prob or kl; with method exact also accuracy, choice,
             label_rate or rank.
         ablation: What edges outside of the circuit carry.
+        cache: Directory for finished pieces of method exact, so that a killed run goes on.
         backend: TransformerLens class.
         out: Directory for circuit.json, report.json and report.html.
         json: Print JSON instead of a table.
@@ -199,6 +201,7 @@ def circuit(
         direction=direction,
         metric=metric,
         ablation=ablation,
+        cache=cache,
         progress=sys.stderr.isatty(),
     )
     print(_dumps(report.to_dict()) if json else report)

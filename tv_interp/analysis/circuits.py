@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 
 from ..display import Shown, Table, as_text
 from ..errors import FileError, TvInterpError
@@ -310,32 +310,14 @@ def discover_circuit(
         raise TvInterpError("expected n_edges or threshold, got both")
     if n_edges is not None and n_edges < 1:
         raise TvInterpError(f"expected n_edges of 1 or more, got {n_edges}")
-    if scores is not None:
-        pass
-    elif method == "acdc" or method == "nodes":
-        check_pruning(method, n_edges, threshold, direction)
-        assert threshold is not None
-        scores = prune_edges(
-            model,
-            contrast,
-            threshold=threshold,
-            method=method,
-            metric=metric,
-            demos=demos,
-            recorded=recorded,
-            progress=progress,
-        )
-    else:
-        scores = score_edges(
-            model,
-            contrast,
-            method=method,
-            direction=direction,
-            metric=metric,
-            demos=demos,
-            recorded=recorded,
-            progress=progress,
-        )
+    if scores is None:
+        how: dict[str, Any] = {"metric": metric, "demos": demos}
+        how |= {"recorded": recorded, "progress": progress}
+        if method == "acdc" or method == "nodes":
+            threshold = check_pruning(method, n_edges, threshold, direction)
+            scores = prune_edges(model, contrast, threshold=threshold, method=method, **how)
+        else:
+            scores = score_edges(model, contrast, method=method, direction=direction, **how)
     demos = scores.attrs.get("demos", demos)
     graph = RoleGraph.of(model, contrast.clean, demos=demos)
     return choose_edges(graph, scores, n_edges=n_edges, threshold=threshold)
@@ -343,8 +325,8 @@ def discover_circuit(
 
 def check_pruning(
     method: str, n_edges: int | None, threshold: float | None, direction: str
-) -> None:
-    """Refuse what pruning cannot do.
+) -> float:
+    """Refuse what pruning cannot do, and get the threshold.
 
     Raises:
         TvInterpError: saying why.
@@ -364,6 +346,7 @@ def check_pruning(
             f"method={method!r} starts from the whole model and takes away, so it has "
             f"direction='noise' only, got {direction!r}"
         )
+    return threshold
 
 
 def choose_edges(
@@ -390,13 +373,9 @@ def choose_edges(
             f"expected scores of all {len(graph.edges)} edges of the graph, got {len(mean)}: make "
             "them with score_edges on the same model and prompts"
         )
-    if threshold is not None:
-        mask = abs(mean) >= threshold
-    else:
+    if threshold is None:
         n_edges = max(1, len(mean) // 20) if n_edges is None else n_edges
-        mask = np.zeros(len(mean), dtype=bool)
-        mask[np.argsort(-abs(mean), kind="stable")[:n_edges]] = True
-    mask = graph.prune(mask & (mean != 0))
+    mask = graph.prune(largest_edges(mean, n_edges, threshold))
     if not mask.any():
         raise TvInterpError(
             "no edges of that size connect the embedding with the logits: take more edges, or a "
@@ -413,6 +392,17 @@ def choose_edges(
         dict(scores.attrs) | rule,
         dict(zip(names, ends, strict=False)),  # none from one query item
     )
+
+
+def largest_edges(
+    mean: Float[np.ndarray, " edge"], n_edges: int | None, threshold: float | None
+) -> Bool[np.ndarray, " edge"]:
+    """Mark so many of the largest absolute means, or all from a threshold on; never zeros."""
+    if threshold is not None:
+        return abs(mean) >= threshold
+    mask = np.zeros(len(mean), dtype=bool)
+    mask[np.argsort(-abs(mean), kind="stable")[:n_edges]] = True
+    return mask & (mean != 0)
 
 
 def _size(graph: RoleGraph) -> str:

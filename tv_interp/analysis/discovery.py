@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,14 @@ from .ablation import Ablation
 from .circuits import check_pruning, discover_circuit
 from .common import Direction
 from .edges import Method, score_edges
-from .faithfulness import SHARES, CircuitReport, evaluate_circuit, measure_curve
+from .faithfulness import (
+    SHARES,
+    CircuitReport,
+    Interval,
+    evaluate_circuit,
+    measure_curve,
+    measure_stability,
+)
 from .find import split_prompts
 from .pruning import PRUNINGS, Pruning, prune_edges
 
@@ -41,6 +50,7 @@ def find_circuit(
     metric: str | Metric = "logit_diff",
     ablation: Ablation = "corrupted",
     n_random: int = 20,
+    cache: str | os.PathLike | None = None,
     progress: bool = False,
 ) -> CircuitReport:
     """Find a task's circuit on one half of the prompts and evaluate it on the other.
@@ -61,6 +71,7 @@ def find_circuit(
         metric: As in `score_edges`.
         ablation: As in `evaluate_circuit`.
         n_random: As in `evaluate_circuit`.
+        cache: As in `score_edges`.
         progress: Whether to show bars.
 
     Returns:
@@ -84,12 +95,10 @@ def find_circuit(
     recorded = record(model, first)
     how: dict[str, Any] = {"metric": metric, "recorded": recorded, "progress": progress}
     if method == "acdc" or method == "nodes":
-        assert threshold is not None
-        scores = prune_edges(
-            model, first, threshold=threshold, method=method, ablation=ablation, **how
-        )
+        least = check_pruning(method, n_edges, threshold, direction)
+        scores = prune_edges(model, first, threshold=least, method=method, ablation=ablation, **how)
     else:
-        scores = score_edges(model, first, method=method, direction=direction, **how)
+        scores = score_edges(model, first, method=method, direction=direction, cache=cache, **how)
     if n_edges is None and threshold is None:
         shares = tuple(share for share in SHARES if share <= MOST)
         curve = measure_curve(
@@ -97,7 +106,7 @@ def find_circuit(
         )
         n_edges = int(_smallest(curve) * scores.data.sizes["edge"])
     circuit = discover_circuit(model, first, scores=scores, n_edges=n_edges, threshold=threshold)
-    return evaluate_circuit(
+    report = evaluate_circuit(
         model,
         second,
         circuit,
@@ -107,6 +116,13 @@ def find_circuit(
         seed=seed,
         progress=progress,
     )
+    if method in PRUNINGS:  # its scores depend on what was taken away before
+        return report
+    again = measure_stability(
+        scores, circuit.graph, n_edges=n_edges, threshold=threshold, seed=seed
+    ).jaccard.values
+    low, high = np.percentile(again, (2.5, 97.5))
+    return replace(report, stability=Interval(float(again.mean()), float(low), float(high)))
 
 
 def _smallest(curve: Any) -> float:

@@ -9,7 +9,13 @@ receiver's new output as its patch.
 
 from __future__ import annotations
 
+import hashlib
+import io
+import os
+import zipfile
 from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import TvInterpError, unknown
+from ..files import make_directory, write_bytes
 from ..interventions.engine import check_layers
 from ..interventions.recording import Recorded
 from ..interventions.sites import Patch, Site, Variant
@@ -49,6 +56,7 @@ def score_edges(
     n_steps: int = 5,
     quadrature: Quadrature = "midpoint",
     recorded: Recorded | None = None,
+    cache: str | os.PathLike | None = None,
     progress: bool = False,
 ) -> Scores:
     """Score all edges of the graph of roles, or some.
@@ -70,6 +78,8 @@ def score_edges(
         quadrature: ``"midpoint"`` of equal steps, or their ``"left"`` ends from the corrupted run
             on, as in the authors' code, which never reaches the clean run.
         recorded: The two runs, where they have been recorded.
+        cache: Directory where ``"exact"`` keeps what is finished, sender by sender, so that a run
+            that was killed goes on where it was; None to keep nothing.
         progress: Whether to show a bar.
 
     Returns:
@@ -79,7 +89,8 @@ def score_edges(
         UnknownName: for an unknown method, edge, direction, metric, ``demos`` or quadrature.
         ScoreError: if the metric cannot be differentiated and the method needs it.
         ModelError: if the model's blocks are not put together as edges need it.
-        TvInterpError: if ``n_steps`` is not positive.
+        TvInterpError: if ``n_steps`` is not positive, or a cache is given to another method.
+        FileError: if the cache cannot be written.
     """
     if method not in METHODS:
         raise unknown("method", method, METHODS)
@@ -87,12 +98,19 @@ def score_edges(
         raise unknown("quadrature", quadrature, QUADRATURES)
     if n_steps < 1:
         raise TvInterpError(f"expected n_steps of 1 or more, got {n_steps}")
+    if cache is not None and method != "exact":
+        raise TvInterpError(
+            f"cache keeps pieces of method='exact', got method={method!r}: leave it out, or keep "
+            "the scores with save()"
+        )
     run = Experiment(model, contrast, recorded, direction, metric, END)
     parts, graph, masks = survey(run, demos)
     wanted = graph.select(graph.edges if edges is None else edges)
     attrs: dict[str, Any] = {"method": method, "demos": demos}
     if method == "exact":
-        effects = _Exact(run, graph, parts, masks, wanted).effects(progress)
+        effects = _Exact(run, graph, parts, masks, wanted).effects(
+            _Cache.of(cache, run, graph, wanted), progress
+        )
     else:
         shift = 0.5 if quadrature == "midpoint" else 0.0
         points = [(k + shift) / n_steps for k in range(n_steps)]  # from corrupted to clean
@@ -145,24 +163,34 @@ class _Exact:
         self.live = live
         self.tokens = [_tokens(masks[:, :, place]) for place in range(len(graph.places))]
 
-    def effects(self, progress: bool) -> Float[np.ndarray, "prompt edge"]:
+    def effects(self, cache: _Cache, progress: bool) -> Float[np.ndarray, "prompt edge"]:
         """Patch all wanted edges whose sender writes something else in the other run."""
         graph = self.graph
         out = np.zeros((len(self.run.contrast), len(graph.edges)))
         jobs = [(la, s) for la in range(graph.n_layers + 1) for s in range(graph.below(la, "mlp"))]
         jobs = [(la, s) for la, s in jobs if s < graph.n_senders]
         for layer, sender in tqdm(jobs, "edges", disable=not progress, leave=False):
-            found: dict[int, Variant] = {}
-            if layer == graph.n_layers:
-                found = self._into_logits(sender)
-            else:
-                if sender < graph.below(layer):
-                    found |= self._into_heads(layer, sender)
-                if graph.has_mlp:
-                    found |= self._into_mlp(layer, sender)
-            if found:
-                out[:, list(found)] = self.run.effects(list(found.values()))
+            name = f"L{layer}-{sender}"
+            piece = cache.read(name, len(out))
+            if piece is None:
+                found = self._variants(layer, sender)
+                effects = self.run.effects(list(found.values())) if found else out[:, :0]
+                piece = np.array(list(found), dtype=int), effects
+                cache.write(name, *piece)
+            numbers, effects = piece
+            out[:, numbers] = effects
         return out
+
+    def _variants(self, layer: int, sender: int) -> dict[int, Variant]:
+        """Make the patches of a sender's edges into a layer, by the edge's number."""
+        if layer == self.graph.n_layers:
+            return self._into_logits(sender)
+        found: dict[int, Variant] = {}
+        if sender < self.graph.below(layer):
+            found |= self._into_heads(layer, sender)
+        if self.graph.has_mlp:
+            found |= self._into_mlp(layer, sender)
+        return found
 
     def _places(self, numbers: Int[np.ndarray, "place ..."], sender: int) -> list[int]:
         """List the places from which a sender has wanted edges, and something to send."""
@@ -261,6 +289,57 @@ class _Exact:
         role = self.graph.places[place].split("[")[0]
         tokens, _ = self.tokens[place]
         return Patch(Site(layer, head, component, role), value, positions=tokens)
+
+
+@dataclass(frozen=True)
+class _Cache:
+    """Finished pieces of one experiment, a file each; none where there is no directory."""
+
+    directory: Path | None
+
+    @classmethod
+    def of(
+        cls,
+        directory: str | os.PathLike | None,
+        run: Experiment,
+        graph: RoleGraph,
+        wanted: Bool[np.ndarray, " edge"],
+    ) -> _Cache:
+        """Name a directory after all that the effects depend on: weights, prompts, metric, edges.
+
+        Raises:
+            FileError: if it cannot be made.
+        """
+        if directory is None:
+            return cls(None)
+        digest = hashlib.sha256()
+        for name, weight in run.adapter.model.state_dict().items():
+            digest.update(f"{name}{tuple(weight.shape)}".encode())
+            digest.update(weight.detach().cpu().contiguous().float().numpy().tobytes())
+        clean, corrupted = run.contrast.clean, run.contrast.corrupted
+        for tensor in (clean.tokens, corrupted.tokens, clean.lengths, clean.answer, clean.foil):
+            digest.update(tensor.numpy().tobytes())
+        about = (run.adapter.name, run.metric.name, run.direction, graph.places, graph.edges)
+        digest.update(repr(about).encode() + wanted.tobytes())
+        return cls(make_directory(Path(directory) / digest.hexdigest()[:16]))
+
+    def read(self, name: str, n_prompts: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """Get the numbers of edges and their effects; None where they are not there, or spoilt."""
+        if self.directory is None:
+            return None
+        try:
+            with np.load(self.directory / f"{name}.npz") as kept:
+                numbers, effects = kept["numbers"], kept["effects"]
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return None
+        return (numbers, effects) if effects.shape == (n_prompts, len(numbers)) else None
+
+    def write(self, name: str, numbers: np.ndarray, effects: np.ndarray) -> None:
+        """Keep a piece, whole or not at all."""
+        if self.directory is not None:
+            buffer = io.BytesIO()
+            np.savez(buffer, numbers=numbers, effects=effects)
+            write_bytes(self.directory / f"{name}.npz", buffer.getvalue())
 
 
 def _tokens(

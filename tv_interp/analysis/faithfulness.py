@@ -18,7 +18,7 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -36,7 +36,7 @@ from ..prompts import Contrast
 from ..scores import Metric, Scores
 from ..scores.statistics import bootstrap, cluster_ids
 from .ablation import Ablation, EdgeRunner
-from .circuits import Circuit
+from .circuits import Circuit, largest_edges
 from .common import Experiment
 from .edges import survey
 from .graph import END, RoleGraph, node_of, split_edge
@@ -70,10 +70,13 @@ class CircuitReport(Shown):
         size: Share of the graph's edges.
         random: Faithfulness of random circuits of the same size, matched by layer and role.
         minimality: Faithfulness lost without each node, largest first; empty where not asked for.
-        win_rate: Share of prompts on which the circuit's metric is above the model's.
+        win_rate: Share of prompts on which the circuit's metric is above the model's; ties, up to
+            rounding, count half.
         equivalence: p-value of the hypothesis that the win rate is within .1 of one half; small
             says that circuit and model differ (Shi et al. 2024).
         settings: Provenance: model, task, corruption, ablation, metric.
+        stability: Jaccard overlap with the circuits that resampled prompts give, their mean and the
+            middle 95 % of them; None where it was not measured.
         contrast: The prompts it was measured on; None where they are not at hand. Not saved.
     """
 
@@ -86,6 +89,7 @@ class CircuitReport(Shown):
     win_rate: float
     equivalence: float
     settings: Mapping[str, Any]
+    stability: Interval | None = None
     contrast: Contrast | None = None
 
     @property
@@ -106,6 +110,7 @@ class CircuitReport(Shown):
             "minimality": {node: i._asdict() for node, i in self.minimality.items()},
             "win_rate": self.win_rate,
             "equivalence": self.equivalence,
+            "stability": None if self.stability is None else self.stability._asdict(),
             "writers": list(self.circuit.writers),
             "readers": list(self.circuit.readers),
             "settings": dict(self.settings),
@@ -143,6 +148,8 @@ class CircuitReport(Shown):
                 f"random        {np.mean(self.random):.2f}, {low:.2f} to {high:.2f} in "
                 f"{len(self.random)} circuits matched by layer and role"
             )
+        if self.stability is not None:
+            lines.append(f"stability     {self.stability}  (Jaccard over resampled prompts)")
         lines.append(f"writers       {', '.join(circuit.writers) or 'none'}")
         lines.append(f"readers       {', '.join(circuit.readers) or 'none'}")
         for node, lost in list(self.minimality.items())[:10]:
@@ -190,7 +197,7 @@ def evaluate_circuit(
         ScoreError: if ablating all edges makes no measurable difference.
     """
     run = Experiment(model, contrast, recorded, "noise", metric, END)
-    runner = _runner(run, circuit.graph, circuit, ablation)
+    runner = make_runner(run, circuit.graph, circuit, ablation)
     clusters = cluster_ids(contrast.clean.query)
     rng = np.random.default_rng(seed)
     nodes = sorted(circuit.nodes - {"logits"}) if minimality == "nodes" else []
@@ -207,13 +214,13 @@ def evaluate_circuit(
         whole, none = (measure(np.full(circuit.mask.shape, on)) for on in (True, False))
         alone, outside = measure(circuit.mask), measure(~circuit.mask)
         total = whole - none
-        _check_total(total, clusters, run, ablation)
+        check_total(total, clusters, run, ablation)
         random = [float((measure(c) - none).mean() / total.mean()) for c in controls]
         lost = {}
         for node in nodes:
             without = circuit.mask & ~touching(circuit.graph, node)
             lost[node] = _ratio(alone - measure(without), total, clusters, seed)
-    wins = int((alone > whole).sum())
+    wins = count_wins(alone, whole, rounding(total))
     settings = run.scores(np.zeros((len(contrast), 0)), ("edge",), {"edge": []}).attrs
     settings = {k: v for k, v in settings.items() if k not in ("direction", "at")}
     return CircuitReport(
@@ -275,13 +282,13 @@ def measure_curve(
             f"expected scores of all {len(graph.edges)} edges of the graph, got "
             f"{scores.data.sizes['edge']}: make them with score_edges on the same kind of prompts"
         )
-    runner = _runner(run, graph, None, ablation)
+    runner = make_runner(run, graph, None, ablation)
     clusters = cluster_ids(contrast.clean.query)
     mean = scores.data.mean("prompt").values
     order = np.argsort(-(abs(mean) if rank == "absolute" else mean), kind="stable")
     whole, none = (runner.run(np.full(len(mean), on)).numpy() for on in (True, False))
     total = (whole - none).astype(float)
-    _check_total(total, clusters, run, ablation)
+    check_total(total, clusters, run, ablation)
     rows, sizes = [], []
     for share in tqdm(shares, "sizes", disable=not progress, leave=False):
         mask = np.zeros(len(mean), dtype=bool)
@@ -309,7 +316,13 @@ def measure_curve(
 
 
 def measure_stability(
-    scores: Scores, graph: RoleGraph, *, n_edges: int, n_boot: int = 200, seed: int = 0
+    scores: Scores,
+    graph: RoleGraph,
+    *,
+    n_edges: int | None = None,
+    threshold: float | None = None,
+    n_boot: int = 200,
+    seed: int = 0,
 ) -> xr.Dataset:
     """Choose the edges again on resampled prompts: how often is each among them?
 
@@ -317,6 +330,7 @@ def measure_stability(
         scores: Scores of all edges of the graph.
         graph: The graph.
         n_edges: As in `discover_circuit`.
+        threshold: As in `discover_circuit`.
         n_boot: Resamples of query items.
         seed: Decides them.
 
@@ -339,9 +353,7 @@ def measure_stability(
 
     def choose(weights: Float[np.ndarray, " cluster"]) -> Bool[np.ndarray, " edge"]:
         mean = weights @ sums / (weights @ sizes)
-        mask = np.zeros(len(mean), dtype=bool)
-        mask[np.argsort(-abs(mean), kind="stable")[:n_edges]] = True
-        return graph.prune(mask & (mean != 0))
+        return graph.prune(largest_edges(mean, n_edges, threshold))
 
     first = choose(np.ones(n))
     inclusion, jaccard = np.zeros(values.shape[1]), []
@@ -352,8 +364,30 @@ def measure_stability(
     return xr.Dataset(
         {"inclusion": ("edge", inclusion), "jaccard": ("resample", jaccard)},
         coords={"edge": list(graph.edges)},
-        attrs={"n_edges": n_edges, "seed": seed},
+        attrs={"n_edges": n_edges, "threshold": threshold, "seed": seed},
     )
+
+
+def compare_circuits(circuits: Sequence[Circuit]) -> tuple[dict[str, float], np.ndarray]:
+    """Compare circuits that were found with several seeds, or on several samples of prompts.
+
+    Args:
+        circuits: Two or more, of one graph.
+
+    Returns:
+        Share of the circuits with each edge that some have, and the Jaccard overlap of each pair.
+
+    Raises:
+        TvInterpError: if they are of different graphs.
+    """
+    whole = circuits[0]
+    for circuit in circuits[1:]:
+        whole = whole | circuit
+    inclusion = {edge: float(np.mean([edge in c for c in circuits])) for edge in whole.edges}
+    overlap = [
+        len(a & b) / max(1, len(a | b)) for i, a in enumerate(circuits) for b in circuits[i + 1 :]
+    ]
+    return inclusion, np.array(overlap)
 
 
 def match_randomly(circuit: Circuit, rng: np.random.Generator) -> Bool[np.ndarray, " edge"]:
@@ -380,14 +414,27 @@ def touching(graph: RoleGraph, node: str) -> Bool[np.ndarray, " edge"]:
     return np.array([node in (s, node_of(r)) for s, r in map(split_edge, graph.edges)])
 
 
-def equivalence_pvalue(wins: int, n: int, epsilon: float = EPSILON) -> float:
+def rounding(total: Float[np.ndarray, " prompt"]) -> float:
+    """Get the least change that counts: a ten-thousandth of what ablating everything does."""
+    return 1e-4 * abs(float(total.mean()))
+
+
+def count_wins(
+    ours: Float[np.ndarray, " prompt"], theirs: Float[np.ndarray, " prompt"], least: float
+) -> float:
+    """Count the prompts on which the first is larger; differences below ``least`` count half."""
+    difference = ours - theirs
+    return float((difference > least).sum() + (abs(difference) <= least).sum() / 2)
+
+
+def equivalence_pvalue(wins: float, n: int, epsilon: float = EPSILON) -> float:
     """Test whether circuit and model win equally often (Shi et al. 2024, arXiv 2410.13032).
 
     The null hypothesis is that the win rate is within ``epsilon`` of one half; the p-value is that
     of a rate at least as far from one half under its edge, 1/2 + epsilon.
 
     Args:
-        wins: Prompts on which the circuit's metric is above the model's.
+        wins: Prompts on which the circuit's metric is above the model's; ties count half.
         n: Prompts.
         epsilon: Tolerance.
     """
@@ -396,9 +443,14 @@ def equivalence_pvalue(wins: int, n: int, epsilon: float = EPSILON) -> float:
     return float(stats.binom.pmf(counts[far], n, 0.5 + epsilon).sum())
 
 
-def _runner(
+def make_runner(
     run: Experiment, graph: RoleGraph, circuit: Circuit | None, ablation: Ablation
 ) -> EdgeRunner:
+    """Get ready to run prompts with some edges of a graph, or of the one that a circuit is of.
+
+    Raises:
+        TvInterpError: if the circuit is of another model or other prompts.
+    """
     demos = "each" if any("[" in place for place in graph.places) else "joint"
     parts, own, masks = survey(run, demos)
     if circuit is not None:
@@ -406,12 +458,17 @@ def _runner(
     return EdgeRunner(own, parts, (run.base, run.donor), masks, run.readout, ablation)
 
 
-def _check_total(
+def check_total(
     total: Float[np.ndarray, " prompt"],
     clusters: np.ndarray,
     run: Experiment,
     ablation: Ablation,
 ) -> None:
+    """Refuse a total that could be 0.
+
+    Raises:
+        ScoreError: if its interval contains 0.
+    """
     low, high = bootstrap(total[:, None], clusters)
     if not (low[0] > 0 or high[0] < 0):
         raise ScoreError(
