@@ -29,11 +29,19 @@ SCRIPTS = {
     "accents": {"Ærø": "øy", "café crème": "boisson", "Łódź": "miasto", "São Paulo": "cidade",
                 "naïve": "adjectif", "Ångström": "enhet"},
 }  # fmt: skip
-TEXTS = tuple(
-    f"{x} {c} {y}\n" for pairs in SCRIPTS.values() for x, y in pairs.items() for c in ("is", "->")
+TEXTS = (
+    tuple(
+        f"{x} {c} {y}\n"
+        for pairs in SCRIPTS.values()
+        for x, y in pairs.items()
+        for c in ("is", "->")
+    )
+    * 3
 )
 TOKENIZERS = {"byte_level": byte_level, "sentence_piece": sentence_piece}
 TEMPLATES = ("{x} is {y}\n", "{x} -> {y}\n", "Q: {x}\nA: {y}\n\n")
+NARROW = ("{x}->{y}\n", "{x} =>{y};", "Q:{x}\nA:{y}\n\n")
+"""For scripts where a space in front of a word is a token of its own: all answers would share it."""
 every_tokenizer = pytest.mark.parametrize("tokenizer", TOKENIZERS)
 every_script = pytest.mark.parametrize("script", SCRIPTS)
 
@@ -46,17 +54,23 @@ def model(tokenizer: str, kind: str):
     return build(hf_model("llama", d_vocab=len(tokens) + 9, n_ctx=192, n_layers=2), tokens)
 
 
-def prompts(tokenizer: str, kind: str, script: str, template: str = "{x} -> {y}\n", **how):
+def templates(script: str) -> tuple[str, ...]:
+    return NARROW if script in ("arabic", "chinese", "emoji") else TEMPLATES
+
+
+def prompts(tokenizer: str, kind: str, script: str, template: str | None = None, **how):
     task = tv.Task.from_pairs(SCRIPTS[script], name=script)
     how = {"n_demos": 3, "n_prompts": 5, "seed": 2} | how
+    template = template or templates(script)[1]
     return tv.make_prompts(model(tokenizer, kind), task, template=template, **how)
 
 
 @every_tokenizer
 @every_script
-@pytest.mark.parametrize("template", TEMPLATES)
-def test_what_stands_at_a_role_decodes_to_its_word(tokenizer, script, template):
+@pytest.mark.parametrize("number", range(3))
+def test_what_stands_at_a_role_decodes_to_its_word(tokenizer, script, number):
     """Decoded, where `assert_roles_spell_the_words` asks the tokenizer's offsets."""
+    template = templates(script)[number]
     found = prompts(tokenizer, "bridge", script, template)
     assert_roles_spell_the_words(found)
     parsed, n_bos = Template.parse(template), int(found.prepend_bos)
@@ -87,7 +101,7 @@ def test_words_have_several_tokens_and_rows_several_lengths(tokenizer):
         spans = torch.cat([found.spans("x"), found.spans("answer")], 1)
         several += int((spans[..., 1] > spans[..., 0]).sum())
         lengths |= set(found.lengths.tolist())
-    assert several > 20 and len(lengths) > 3
+    assert several > 15 and len(lengths) > 3
 
 
 def test_a_space_in_front_of_an_answer_belongs_to_it_and_to_the_token_that_is_asked_for():
@@ -104,7 +118,7 @@ def test_a_space_in_front_of_an_answer_belongs_to_it_and_to_the_token_that_is_as
 
 @every_tokenizer
 def test_answers_that_share_their_first_token_are_dropped_and_counted(tokenizer):
-    pairs = {"狗": "动物 甲", "玫瑰花": "动物 乙", "北京": "城市", "面包": "食物", "蓝色": "颜色"}
+    pairs = {"bread": "flower", "piano": "flower town", "red rose": "town", "guide dog": "colour"}
     found = tv.make_prompts(
         model(tokenizer, "bridge"), tv.Task.from_pairs(pairs), n_demos=3, n_prompts=30, seed=0,
         template="{x} -> {y}\n",
@@ -113,17 +127,19 @@ def test_answers_that_share_their_first_token_are_dropped_and_counted(tokenizer)
     assert found.dropped["answer and foil share their first token"] > 0
 
 
+@pytest.mark.slow
 @every_tokenizer
 @every_script
 def test_patching_equals_the_plain_loop_of_hooks(tokenizer, script, kind):
     held = model(tokenizer, kind)
-    pair = prompts(tokenizer, kind, script, n_prompts=4).corrupt("random_answers", seed=1)
-    every = [(layer, head) for layer in range(2) for head in range(4)]
+    pair = prompts(tokenizer, kind, script, n_prompts=3).corrupt("random_answers", seed=1)
+    every = [(layer, head) for layer in range(2) for head in (0, 3)]
+    layers, heads = map(list, zip(*every, strict=True))
     for at in ("answer", "query_is"):
-        ours = tv.patch_heads(held, pair, at=at).data.values.reshape(len(pair), -1)
+        ours = tv.patch_heads(held, pair, at=at).data.values[:, layers, heads]
         loop = naive.patch_heads(held, pair, [[h] for h in every], at).numpy()
         np.testing.assert_allclose(ours, loop, atol=2e-5)
         assert np.abs(loop).max() > 1e-3
-    ours = tv.knock_out(held, pair.clean, src="answer").data.values.reshape(len(pair), -1)
+    ours = tv.knock_out(held, pair.clean, src="answer").data.values[:, layers, heads]
     loop = naive.knock_out(held, pair.clean, [[h] for h in every], "query_is", "answer").numpy()
     np.testing.assert_allclose(ours, loop, atol=2e-5)
