@@ -41,7 +41,7 @@ TEXTS = (
 TOKENIZERS = {"byte_level": byte_level, "sentence_piece": sentence_piece}
 TEMPLATES = ("{x} is {y}\n", "{x} -> {y}\n", "Q: {x}\nA: {y}\n\n")
 NARROW = ("{x}->{y}\n", "{x} =>{y};", "Q:{x}\nA:{y}\n\n")
-"""For scripts where a space in front of a word is a token of its own: all answers would share it."""
+"""Where a space in front of a word is a token of its own, which all answers would share."""
 every_tokenizer = pytest.mark.parametrize("tokenizer", TOKENIZERS)
 every_script = pytest.mark.parametrize("script", SCRIPTS)
 

@@ -39,8 +39,7 @@ def test_numbers_are_the_same_and_no_prompt_runs_twice(arch, where, kind, tmp_pa
     calls.clear()
     for call in (
         lambda r: tv.patch_heads(model, contrast, recorded=r),
-        lambda r: tv.patch_heads(model, contrast, at="query_is", recorded=r),
-        lambda r: tv.patch_sources(model, contrast, heads=[(1, 2)], recorded=r),
+        lambda r: tv.patch_sources(model, contrast, heads=[(1, 2)], parts=["k"], recorded=r),
         lambda r: tv.patch_paths(model, contrast, receivers=["L2H1.z@query_is"], recorded=r),
         lambda r: tv.knock_out(model, contrast.clean, recorded=r.clean),
     ):

@@ -127,8 +127,9 @@ def record(
             does not fit runs again whenever it is needed. None for 2 GiB. Decides memory and speed
             only.
         store: Where the runs are kept: ``"model"`` on its device, ``"cpu"``, or
-            ``"disk:DIRECTORY"`` in files below it, which go with the last reference to the runs. Only what is on the
-            model's device counts for ``max_memory``; with ``"disk:..."`` all of it runs once.
+            ``"disk:DIRECTORY"`` in files below it, which go with the last reference to the
+            runs. Only what stays on the model's device counts for ``max_memory``: else every prompt
+            runs once.
 
     Raises:
         FileError: if files cannot be written.
