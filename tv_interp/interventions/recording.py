@@ -20,6 +20,8 @@ from .storing import IN_PLACE, Kept, Store
 
 MEMORY = 2 * 2**30
 """Bytes that recorded runs may take, and one step of a sweep, unless told otherwise."""
+MAX_SHARE = MEMORY / 3
+"""What each of two recorded runs, and one step of a sweep, may take of it."""
 MOST_ROWS = 256
 
 
