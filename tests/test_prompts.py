@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from random_models import word_tokenizer
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from trained_tokenizers import CONNECTIVES, byte_level, sentence_piece, wrap
 
 from tv_interp.errors import PromptError, TvInterpError, UnknownName

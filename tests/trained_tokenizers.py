@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from tv_interp.models.reference.vocabulary import words
 
@@ -22,6 +22,7 @@ def byte_level(normalizer: normalizers.Normalizer | None = None, texts: tuple[st
     """Train a tokenizer like GPT-2's: spaces belong to words, words split, no word is unknown."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=700 + 10 * len(texts),
         special_tokens=["<|endoftext|>"],
@@ -43,8 +44,12 @@ def sentence_piece(texts: tuple[str, ...] = ()):
     """Train a tokenizer like Llama's: unigram pieces, ``▁`` for a space and in front of a text."""
     core = Tokenizer(models.Unigram())
     core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    core.decoder = decoders.Metaspace(prepend_scheme="first")
     trainer = trainers.UnigramTrainer(
-        vocab_size=600 + 10 * len(texts), special_tokens=["<s>", "<unk>"], unk_token="<unk>", show_progress=False
+        vocab_size=600 + 10 * len(texts),
+        special_tokens=["<s>", "<unk>"],
+        unk_token="<unk>",
+        show_progress=False,
     )
     core.train_from_iterator([*words()[3:], *CONNECTIVES * 9, "\n", "-", ">", ";", *texts], trainer)
     return wrap(core, "<s>", unk_token="<unk>")

@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from .show.paper import save_figure
     from .show.report import write_report
     from .sweep.compare import compare_heads, depth_profile
+    from .sweep.estimate import estimate_sweep
     from .sweep.plan import Cell, Plan
     from .sweep.run import Swept, load_sweep, run_sweep
 
@@ -151,6 +152,7 @@ _HOME = {
     "write_report": ".show.report",
     "compare_heads": ".sweep.compare",
     "depth_profile": ".sweep.compare",
+    "estimate_sweep": ".sweep.estimate",
     "Cell": ".sweep.plan",
     "Plan": ".sweep.plan",
     "Swept": ".sweep.run",
@@ -202,6 +204,7 @@ __all__ = [  # noqa: PLE0604
     "depth_profile",
     "discover_circuit",
     "draw_circuit",
+    "estimate_sweep",
     "evaluate_circuit",
     "extract_vectors",
     "find_circuit",

@@ -301,6 +301,7 @@ def sweep(
     engine: Literal["inline", "pool", "ray", "slurm"] = "inline",
     workers: int | None = None,
     retries: int = 2,
+    dry_run: bool = False,
     json: bool = False,
 ) -> None:
     """Run a grid of models, tasks and seeds; goes on where it was; exit 1 if a cell failed.
@@ -311,6 +312,7 @@ def sweep(
         engine: Where cells run; ray and slurm need pip install 'tv-interp[cluster]'.
         workers: How many at a time; by default the engine's choice.
         retries: How often a cell that failed is tried again.
+        dry_run: Say what the cells would cost, from two short runs of each model; write nothing.
         json: Print JSON instead of text.
     """
     import torch
@@ -322,6 +324,15 @@ def sweep(
     plan = Plan.load(config)
     if engine == "inline":
         torch.set_num_threads(1)
+    if dry_run:
+        from .sweep.estimate import estimate_sweep
+
+        table = estimate_sweep(plan)
+        total, most = float(table.seconds.sum()), float(table.bytes.max())
+        told = {"cells": len(table), "seconds": round(total, 1), "bytes": round(most)}
+        text = f"{len(table)} cells, {total:.0f} s of one process, {most / 2**20:.0f} MiB at most"
+        print(_dumps(told) if json else f"{text}, beside the model")
+        return
     swept = run_sweep(
         plan, out, engine=engine, workers=workers, retries=retries, progress=sys.stderr.isatty()
     )

@@ -16,9 +16,12 @@ from ..errors import PromptError, TvInterpError
 from ..models.adapter import Adapter
 from ..models.replay import Layout, Tape
 from ..prompts import Contrast, Prompts
+from .storing import IN_PLACE, Kept, Store
 
 MEMORY = 2 * 2**30
 """Bytes that recorded runs may take, and one step of a sweep, unless told otherwise."""
+MAX_SHARE = MEMORY / 3
+"""What each of two recorded runs, and one step of a sweep, may take of it."""
 MOST_ROWS = 256
 
 
@@ -57,7 +60,7 @@ class Run:
     prompts: Prompts
     logits: Float[Tensor, "prompt vocab"]
     replays: Replays
-    kept: tuple[tuple[Tensor, Tape | None], ...]
+    kept: tuple[tuple[Tensor, Tape | Kept | None], ...]
     max_memory: float = MEMORY
 
     @cached_property
@@ -68,6 +71,8 @@ class Run:
     def tapes(self) -> Iterator[tuple[Tensor, Tape]]:
         """Go through the batches: row numbers, and what the forward pass left behind."""
         for rows, tape in self.kept:
+            if isinstance(tape, Kept):
+                tape = tape.load(self.adapter.device)
             yield rows, self._tape(rows) if tape is None else tape
 
     def z_at(
@@ -112,7 +117,9 @@ class Recorded:
         return self.clean, self.corrupted
 
 
-def record(model: Any, contrast: Contrast, *, max_memory: float | None = None) -> Recorded:
+def record(
+    model: Any, contrast: Contrast, *, max_memory: float | None = None, store: str = "model"
+) -> Recorded:
     """Run the clean and the corrupted prompts once and keep what patching needs.
 
     Args:
@@ -121,17 +128,24 @@ def record(model: Any, contrast: Contrast, *, max_memory: float | None = None) -
         max_memory: Bytes that the two runs and one step of a sweep may take together, about; what
             does not fit runs again whenever it is needed. None for 2 GiB. Decides memory and speed
             only.
+        store: Where the runs are kept: ``"model"`` on its device, ``"cpu"``, or
+            ``"disk:DIRECTORY"`` in files below it, which go with the last reference to the
+            runs. Only what stays on the model's device counts for ``max_memory``: else every prompt
+            runs once.
 
     Raises:
+        FileError: if files cannot be written.
         ModelError: if the model cannot be measured exactly (see `Adapter.of`), or logits are NaN
             or infinite.
         PromptError: if the model cannot read the prompts.
-        TvInterpError: if ``max_memory`` is not positive.
+        TvInterpError: if ``max_memory`` is not positive, or ``store`` none of these.
     """
     adapter = Adapter.of(model)
-    budget = check_memory(max_memory) / 3
-    clean = record_run(adapter, contrast.clean, max_memory=budget)
-    corrupted = record_run(adapter, contrast.corrupted, max_memory=budget, replays=clean.replays)
+    budget, keeper = check_memory(max_memory) / 3, Store.parse(store)
+    clean = record_run(adapter, contrast.clean, max_memory=budget, store=keeper)
+    corrupted = record_run(
+        adapter, contrast.corrupted, max_memory=budget, replays=clean.replays, store=keeper
+    )
     return Recorded(model, contrast, clean, corrupted)
 
 
@@ -141,6 +155,7 @@ def record_run(
     *,
     max_memory: float | None = None,
     replays: Replays | None = None,
+    store: Store = IN_PLACE,
 ) -> Run:
     """Run prompts once and keep what patching needs; see `record`.
 
@@ -149,18 +164,20 @@ def record_run(
         prompts: What to run.
         max_memory: As in `record`.
         replays: What is known of the model already; None tests it.
+        store: Where it is kept.
     """
     check_fits(adapter, prompts)
     budget = left = check_memory(max_memory)
-    kept: list[tuple[Tensor, Tape | None]] = []
+    kept: list[tuple[Tensor, Tape | Kept | None]] = []
     logits = []
     for rows, tokens in batches(adapter, prompts, budget):
         tape = adapter.tape(tokens)
         logits.append(tape.logits[0].cpu())
         if replays is None:
             replays = probe_replays(adapter, tape)
-        left -= tape_bytes(adapter, tokens.shape[1]) * len(rows)
-        kept.append((rows, tape if left >= 0 else None))
+        if store.kind == "model":
+            left -= tape_bytes(adapter, tokens.shape[1]) * len(rows)
+        kept.append((rows, store.keep(tape) if left >= 0 else None))
     ordered = _in_order((rows for rows, _ in kept), logits)
     assert replays is not None
     return Run(adapter, prompts, ordered, replays, tuple(kept), budget)

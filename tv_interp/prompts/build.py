@@ -297,8 +297,8 @@ class Prompts(Shown):
         check_corruption(kind, self.task, other)
         if kind != "query" and self.n_demos == 0:
             raise PromptError(
-                f"corruption {kind!r} changes demonstrations, and there are none: make prompts with "
-                "n_demos of 1 or more"
+                f"corruption {kind!r} changes demonstrations, and there are none: make prompts "
+                "with n_demos of 1 or more"
             )
         return self._twins(
             kind, seed, lambda words, rng: corrupt_words(kind, words, rng, self.task, other)
