@@ -127,6 +127,7 @@ def test_the_public_names_are_these_and_all_of_them_load():
         "depth_profile",
         "discover_circuit",
         "draw_circuit",
+        "estimate_sweep",
         "evaluate_circuit",
         "extract_vectors",
         "find_circuit",

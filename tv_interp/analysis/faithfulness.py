@@ -233,7 +233,7 @@ def evaluate_circuit(
         wins / len(contrast),
         equivalence_pvalue(wins, len(contrast)),
         settings | {"ablation": ablation, "seed": seed},
-        contrast,
+        contrast=contrast,
     )
 
 

@@ -38,7 +38,7 @@ DASHES = {
     "solid": "-", "dash": "--", "dot": ":", "dashdot": "-.", "longdash": (0, (8, 3)),
     "longdashdot": (0, (8, 3, 2, 3)),
 }  # fmt: skip
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.8,
     "pdf.fonttype": 42, "svg.fonttype": "none", "svg.hashsalt": "tv_interp", "savefig.dpi": 200,
 }  # fmt: skip
@@ -238,9 +238,8 @@ class _Drawing:
             np.array([np.nan if v is None else v for v in error[side]], dtype=float)
             for side in ("arrayminus", "array")
         ]
-        ax.errorbar(
-            x, y, fmt="none", ecolor=ink, elinewidth=1, capsize=2, **{f"{letter}err": ends}
-        )  # fmt: skip
+        across, up = (ends, None) if letter == "x" else (None, ends)
+        ax.errorbar(x, y, xerr=across, yerr=up, fmt="none", ecolor=ink, elinewidth=1, capsize=2)
 
     def _list(self, trace: Mapping[str, Any], handle: Any) -> None:
         """Put a trace into the legend where plotly would."""
@@ -343,7 +342,7 @@ def _edges(centres: np.ndarray) -> np.ndarray:
     return np.array([2 * centres[0] - middle[0], *middle, 2 * centres[-1] - middle[-1]])
 
 
-def _ink(rgba: Sequence[float]) -> str:
+def _ink(rgba: Sequence[float] | np.ndarray) -> str:
     """Choose black or white for a text on a colour."""
     return "black" if np.dot(rgba[:3], (0.299, 0.587, 0.114)) > 0.5 else "white"
 
