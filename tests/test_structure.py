@@ -179,3 +179,10 @@ def test_every_public_function_says_what_it_returns_and_raises():
         if callable(thing) and not isinstance(thing, type):
             text = thing.__doc__ or ""
             assert "Raises:" in text, name
+
+
+def test_every_public_name_has_a_page_in_the_reference():
+    pages = "".join(path.read_text() for path in (PACKAGE.parent / "docs" / "api").glob("*.md"))
+    for name in tv.__all__:
+        home = getattr(tv, name).__module__
+        assert f".. automodule:: {home}\n   :members:" in pages, f"{name} of {home}"
