@@ -78,7 +78,7 @@ def test_the_command_says_what_it_would_cost_and_writes_nothing(tmp_path, capsys
     monkeypatch.setattr("tv_interp.sweep.estimate._load", lambda cell: tv.load_model("reference"))
     path, out = tmp_path / "plan.yaml", tmp_path / "out"
     path.write_text("{measure: readers, grid: {seed: [0, 1]}, n_prompts: 4, n_demos: 3}")
-    cli.main(["sweep", str(path), "--out", str(out), "--dry_run", "true", "--json"])
+    cli.main(["sweep", str(path), "--out", str(out), "--dry-run", "--json"])
     told = json.loads(capsys.readouterr().out)
     assert told["cells"] == 2 and told["seconds"] >= 0 and told["bytes"] > 0
     assert not out.exists()

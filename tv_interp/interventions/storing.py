@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import tempfile
+import weakref
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,18 +19,31 @@ PARTS = ("resid", "keys", "values", "z")
 """What of a tape takes memory; the rest stays where it is."""
 
 
+class Folder:
+    """A directory that goes with its last reference, at the latest when Python ends."""
+
+    def __init__(self, within: Path) -> None:
+        """Make it within another."""
+        self.path = Path(tempfile.mkdtemp(prefix="tv_interp-", dir=within))
+        self.remove = weakref.finalize(self, _remove, self.path, os.getpid())
+
+
+def _remove(path: Path, owner: int) -> None:
+    if os.getpid() == owner:  # a fork drops its references too
+        shutil.rmtree(path, ignore_errors=True)
+
+
 @dataclass(frozen=True, eq=False)
 class Store:
     """Keeps tapes, and hands them back on the model's device.
 
     Attributes:
         kind: ``"model"``, ``"cpu"`` or ``"disk"``.
-        folder: Where files are, for ``"disk"``. It is removed with the last run that uses it, at
-            the latest when Python ends.
+        folder: Where files are, for ``"disk"``.
     """
 
     kind: str
-    folder: tempfile.TemporaryDirectory | None = field(default=None, repr=False)
+    folder: Folder | None = field(default=None, repr=False)
 
     @classmethod
     def parse(cls, text: str) -> Store:
@@ -45,8 +61,7 @@ class Store:
             )
         if kind != "disk":
             return cls(kind)
-        directory = make_directory(path)
-        return cls(kind, tempfile.TemporaryDirectory(prefix="tv_interp-", dir=directory))
+        return cls(kind, Folder(make_directory(path)))
 
     def keep(self, tape: Tape) -> Tape | Kept:
         """Put a tape away.
@@ -66,11 +81,12 @@ class Store:
             return Kept(self, rest, tensors)
         from safetensors.torch import save_file
 
-        path = Path(self.folder.name, f"{len(list(Path(self.folder.name).iterdir()))}.safetensors")
+        number = len(list(self.folder.path.iterdir()))
+        path = self.folder.path / f"{number}.safetensors"
         try:
             save_file({name: value.clone() for name, value in tensors.items()}, path)
         except Exception as error:  # safetensors has errors of its own beside OSError
-            self.folder.cleanup()
+            self.folder.remove()
             raise FileError(
                 f"cannot write a recorded run to {path.parent.parent}: {error}; name another "
                 "directory, or leave store out"
