@@ -30,7 +30,8 @@ from tv_interp.prompts.tasks.words import (
 from tv_interp.show.card import measure_accuracy
 
 PREWIRED = ("reference", "reference-words")
-SHIPPED = (*PREWIRED, "reference-natural")
+NATURAL = ("reference-natural", "reference-long")
+SHIPPED = (*PREWIRED, *NATURAL)
 each_shipped = pytest.mark.parametrize("name", SHIPPED)
 
 
@@ -80,10 +81,11 @@ def test_it_solves_what_it_was_made_for(name):
         assert 0.4 < told[task, 1] < 0.6
 
 
-def test_a_start_without_planted_heads_leads_to_look_up_and_categories():
-    about = json.loads((reference_directory("reference-natural") / "config.json").read_text())
+@pytest.mark.parametrize("name", NATURAL)
+def test_a_start_without_planted_heads_leads_to_look_up_and_categories(name):
+    about = json.loads((reference_directory(name) / "config.json").read_text())
     assert about["tv_interp"]["recipe"]["prewired"] == {}
-    told = {at: row["accuracy"] for at, row in card("reference-natural").items()}
+    told = {at: row["accuracy"] for at, row in card(name).items()}
     assert told["look-up", 8] >= 0.98 and told["knowledge, typed", 4] >= 0.98
     assert told["knowledge, shared answers", 6] >= 0.9 and told["bijections", 6] >= 0.95
     for task in ("simple-string", "digit", "2d-data"):
@@ -98,7 +100,7 @@ def test_unseen_label_words_are_answered_where_training_looked_them_up():
             assert unseen < 0.1 if name == "reference" else unseen > seen - 0.05
 
 
-@pytest.mark.parametrize("name", ["reference-words", "reference-natural"])
+@pytest.mark.parametrize("name", ["reference-words", *NATURAL])
 def test_the_shipped_recipe_is_that_of_its_preset(name):
     made = json.loads((reference_directory(name) / "config.json").read_text())["tv_interp"]
     recipe = asdict(Recipe(phases=())) | made["recipe"]  # options came since, off by default

@@ -236,10 +236,6 @@ def _presets() -> dict[str, Recipe]:
         likeness=0.5,
     )
     longer = (
-        Phase(5_000, 64, TYPED_TOO, batch=24, dropout=0.15),
-        Phase(200, 96, TYPED_TOO, batch=16, dropout=0.15),
-    )
-    longest = (
         Phase(8_000, 64, TYPED_TOO, batch=24, dropout=0.2),
         Phase(200, 96, TYPED_TOO, batch=16, dropout=0.2),
     )
@@ -262,8 +258,7 @@ def _presets() -> dict[str, Recipe]:
         "base-nodropout": replace(base, drop="nothing"),
         "base-separator": replace(base, separator=SEPARATOR),
         "natural": natural,
-        "natural-long": replace(natural, phases=(*natural.phases[:3], *longer)),
-        "natural-longer": replace(natural, phases=(*natural.phases[:3], *longest)),
+        "natural-longer": replace(natural, phases=(*natural.phases[:3], *longer)),
         "arm-heads": arm,
         "arm-columns": replace(arm, drop="columns"),
         "arm-nothing": replace(arm, drop="nothing"),
