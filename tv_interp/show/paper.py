@@ -238,9 +238,8 @@ class _Drawing:
             np.array([np.nan if v is None else v for v in error[side]], dtype=float)
             for side in ("arrayminus", "array")
         ]
-        ax.errorbar(
-            x, y, fmt="none", ecolor=ink, elinewidth=1, capsize=2, **{f"{letter}err": ends}
-        )  # fmt: skip
+        sides: dict[str, Any] = {f"{letter}err": ends}
+        ax.errorbar(x, y, fmt="none", ecolor=ink, elinewidth=1, capsize=2, **sides)
 
     def _list(self, trace: Mapping[str, Any], handle: Any) -> None:
         """Put a trace into the legend where plotly would."""
