@@ -11,7 +11,7 @@ import html
 import os
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,7 @@ DASHES = {
     "solid": "-", "dash": "--", "dot": ":", "dashdot": "-.", "longdash": (0, (8, 3)),
     "longdashdot": (0, (8, 3, 2, 3)),
 }  # fmt: skip
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.8,
     "pdf.fonttype": 42, "svg.fonttype": "none", "svg.hashsalt": "tv_interp", "savefig.dpi": 200,
 }  # fmt: skip
@@ -342,7 +342,7 @@ def _edges(centres: np.ndarray) -> np.ndarray:
     return np.array([2 * centres[0] - middle[0], *middle, 2 * centres[-1] - middle[-1]])
 
 
-def _ink(rgba: Sequence[float]) -> str:
+def _ink(rgba: Any) -> str:
     """Choose black or white for a text on a colour."""
     return "black" if np.dot(rgba[:3], (0.299, 0.587, 0.114)) > 0.5 else "white"
 
