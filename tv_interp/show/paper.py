@@ -11,7 +11,7 @@ import html
 import os
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -238,8 +238,8 @@ class _Drawing:
             np.array([np.nan if v is None else v for v in error[side]], dtype=float)
             for side in ("arrayminus", "array")
         ]
-        across, up = (ends, None) if letter == "x" else (None, ends)
-        ax.errorbar(x, y, xerr=across, yerr=up, fmt="none", ecolor=ink, elinewidth=1, capsize=2)
+        sides: dict[str, Any] = {f"{letter}err": ends}
+        ax.errorbar(x, y, fmt="none", ecolor=ink, elinewidth=1, capsize=2, **sides)
 
     def _list(self, trace: Mapping[str, Any], handle: Any) -> None:
         """Put a trace into the legend where plotly would."""
@@ -342,7 +342,7 @@ def _edges(centres: np.ndarray) -> np.ndarray:
     return np.array([2 * centres[0] - middle[0], *middle, 2 * centres[-1] - middle[-1]])
 
 
-def _ink(rgba: Sequence[float] | np.ndarray) -> str:
+def _ink(rgba: Any) -> str:
     """Choose black or white for a text on a colour."""
     return "black" if np.dot(rgba[:3], (0.299, 0.587, 0.114)) > 0.5 else "white"
 
