@@ -365,7 +365,12 @@ class Prompts:
         return Contrast(clean, corrupted, kind)
 
     def show(self, i: int = 0, width: int = 80) -> str:
-        """Write one prompt as its tokens above their roles, in lines of at most ``width``."""
+        """Write one prompt as its tokens above their roles, in lines of at most ``width``.
+
+        Raises:
+            PromptError: if there is no such prompt.
+        """
+        self.select([i])  # refuses a row that is not there
         pieces = self.tokenizer.convert_ids_to_tokens(self.tokens[i, : self.lengths[i]].tolist())
         cells = []
         for piece, role, demo in zip(pieces, self.role_ids[i], self.demo_ids[i], strict=False):
