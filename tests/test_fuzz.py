@@ -409,6 +409,11 @@ def test_messages_without_an_action_have_one():
         tv.knock_out(model("words"), contrast("words", 1, 2, 0).clean, demos=[2])
 
 
+def test_a_prompt_that_is_not_there_is_not_shown():
+    with pytest.raises(TvInterpError, match="expected rows of 0 to 1, got row 5"):
+        tv.make_prompts(model("words"), pairs_of_words(), n_demos=2, n_prompts=2).show(5)
+
+
 def pairs_of_words():
     w = words()[3:]
     return tv.Task.from_pairs({w[i]: w[20 + i] for i in range(9)})

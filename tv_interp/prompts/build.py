@@ -366,7 +366,12 @@ class Prompts(Shown):
         return Contrast(clean, corrupted, kind)
 
     def show(self, i: int = 0, width: int = 80) -> str:
-        """Write one prompt as its tokens above their roles, in lines of at most ``width``."""
+        """Write one prompt as its tokens above their roles, in lines of at most ``width``.
+
+        Raises:
+            PromptError: if there is no such prompt.
+        """
+        self.select([i])  # refuses a row that is not there
         return as_text([self.labelled(i)], width)
 
     def pieces(self, i: int = 0) -> list[str]:
