@@ -54,6 +54,9 @@ def test_arms_are_compared_seed_by_seed_over_the_means_of_tasks():
     assert (found["lo"], found["hi"]) == (pytest.approx(low), pytest.approx(high))
     assert found["n"] == 3
     assert table.loc[("global", "arm-nothing"), "mean"] == pytest.approx(0.2)
+    alone = [*made_rows(), row("arm-separator", 0, TASKS[0], "separator", 0.3)]
+    (found,) = compare_arms(alone).query("quantity == 'separator'").to_dict("records")
+    assert found["mean"] == pytest.approx(0.3) and np.isnan(found["difference"])
     redundancy = table.loc[(REDUNDANCY, slice(None)), "mean"].to_dict()
     assert redundancy[(REDUNDANCY, "arm-nothing")] == pytest.approx(0.375)
     assert redundancy[(REDUNDANCY, "arm-heads")] == pytest.approx(0.875)

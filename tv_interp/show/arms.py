@@ -127,9 +127,11 @@ def compare_arms(rows: Sequence[dict[str, Any]], *, baseline: str = BASELINE) ->
     wide = table.pivot_table(index=["quantity", "seed"], columns="arm", values="value")
     out = []
     for quantity, block in wide.groupby(level="quantity", sort=False):
-        for arm in [baseline, *(a for a in block.columns if a != baseline)]:
+        measured = block.dropna(axis="columns", how="all")  # separators are not in every arm
+        for arm in sorted(measured, key=lambda name: (name != baseline, name)):
             row: dict[str, Any] = {"quantity": quantity, "arm": arm, "mean": block[arm].mean()}
-            if arm != baseline:
+            row["n"] = int(np.isfinite(block[arm].to_numpy()).sum())
+            if arm != baseline and baseline in measured:
                 pairs = (block[arm] - block[baseline]).dropna().to_numpy()
                 if len(pairs) < 2:
                     raise TvInterpError(
@@ -139,7 +141,6 @@ def compare_arms(rows: Sequence[dict[str, Any]], *, baseline: str = BASELINE) ->
                 half = stats.t.ppf(0.975, len(pairs) - 1) * stats.sem(pairs)
                 mean = pairs.mean()
                 row |= {"difference": mean, "lo": mean - half, "hi": mean + half}
-            row["n"] = int(np.isfinite(block[arm].to_numpy()).sum())
             out.append(row)
     return pd.DataFrame(out)
 
