@@ -269,9 +269,10 @@ def _circuit(report: CircuitReport, figures: Figures, name: str) -> dict[str, An
         "id": name,
         "title": f"Circuit: {s.get('corruption')}, {a.get('method')}",
         "report": report,
-        "about": f"Found by {a.get('method')} ({a.get('direction')}) on other prompts than those "
-        f"that measure it here; corruption {s.get('corruption')}, ablation {s.get('ablation')}, "
-        f"metric {s.get('metric')}.",
+        "about": f"Found by {a.get('method')} ({a.get('direction')}), measured on the prompts that "
+        "it was evaluated on (find_circuit and tv-interp circuit keep them apart from those that "
+        f"chose it); corruption {s.get('corruption')}, ablation {s.get('ablation')}, metric "
+        f"{s.get('metric')}.",
         "figure": figures.add(report.plot(title="")),
         "random": float(np.mean(report.random)) if report.random else None,
         "chosen": f"Chosen by absolute score ({rule}), connected from the embedding to the logits. "
@@ -282,8 +283,7 @@ def _circuit(report: CircuitReport, figures: Figures, name: str) -> dict[str, An
 
 
 def _interval(interval: Any) -> str:
-    text = f"{interval.value:.0%} [{interval.lo:.0%} to {interval.hi:.0%}]"
-    return re.sub(r"-0%", "0%", text)
+    return f"{_percent(interval.value)} [{_percent(interval.lo)} to {_percent(interval.hi)}]"
 
 
 def _circuit_call(report: CircuitReport) -> str:
@@ -376,7 +376,7 @@ def _join(parts: Sequence[str]) -> str:
 
 
 def _percent(share: float) -> str:
-    return f"{share:.0%}"
+    return re.sub(r"^-0%", "0%", f"{share:.0%}")
 
 
 def _call(report: HeadReport) -> str:
