@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
@@ -100,6 +101,7 @@ def test_circuit_and_saliency_write_what_they_print(capsys, tmp_path, monkeypatc
 
     a_model(monkeypatch)
     sizes = ["--n-demos", "2", "--n-prompts", "8", "--out", str(tmp_path), "--json"]
+    monkeypatch.setattr(sys, "argv", ["tv-interp", "circuit", *sizes])
     code, out, err = run(
         capsys, "circuit", "--method", "eap", "--metric", "kl", "--n-edges", "300", *sizes
     )
@@ -108,7 +110,10 @@ def test_circuit_and_saliency_write_what_they_print(capsys, tmp_path, monkeypatc
     assert printed == json.loads((tmp_path / "report.json").read_text())
     assert len(tv.Circuit.load(tmp_path / "circuit.json")) == printed["n_edges"] > 0
     page = (tmp_path / "report.html").read_text("utf-8")
-    assert "tv-interp circuit" in page and str(printed["faithfulness"]["value"]) in page
+    assert (
+        "tv-interp circuit --n-demos 2 --n-prompts 8" in page
+        and str(printed["faithfulness"]["value"]) in page
+    )
     code, out, _ = run(capsys, "saliency", *sizes)
     assert code == 0 and [row["layer"] for row in json.loads(out)] == [0, 1]
     assert tv.Scores.load(tmp_path / "saliency.nc").data.sizes["layer"] == 2

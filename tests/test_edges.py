@@ -398,6 +398,7 @@ def test_exact_edges_equal_the_direct_paths_of_transformer_lens_where_there_is_n
     case = tv.planted_circuit(seed=2, writers=3, readers=2, relays=2, layers=5)
     prompts = tv.make_prompts(case.model, case.task, n_demos=2, n_prompts=4)
     contrast = prompts.corrupt("inputs").select([0, 1])
-    writer = next(n for n in case.nodes("writer"))
+    read = sorted(e for e in case.truths["inputs"].edges if e.endswith(".v@query_is"))
+    writer = next(e for e in read if e.split("->")[0] in case.nodes("writer")).split("->")[0]
     layer, head = map(int, re.findall(r"\d+", writer.split("@")[0]))
     agrees_with_direct_paths(case.model, contrast, (layer, head), ("answer",), "v", "query_is")

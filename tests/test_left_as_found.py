@@ -390,3 +390,21 @@ def test_prompts_of_another_model(kind):
     )
     with pytest.raises(PromptError, match="longer than the context of .*use fewer demonstrations"):
         knock_out(model, long)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_module_keeps_the_graph_of_a_gradient(kind):
+    """The attention of a bridge keeps its last input: a graph would stay alive with it."""
+    model = tiny_model("llama", kind)
+    w = words()[3:]
+    prompts = make_prompts(model, Task.from_pairs({w[i]: w[9 - i] for i in range(5)}), n_demos=2)
+    score_edges(model, prompts.corrupt("answers"), method="eap")
+    saliency_flow(model, prompts)
+    kept = [
+        (name, key)
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, torch.Tensor) and value.grad_fn is not None
+    ]
+    assert kept == []
+    copy.deepcopy(model)

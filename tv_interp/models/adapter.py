@@ -249,10 +249,11 @@ class Adapter:
 
         if until in ("pattern", "z", "attn_out"):
             reads = dict(reads or {}) | {(until, layer): stop}
-        with torch.set_grad_enabled(gradients == "on"):
+        block = self.model.blocks[layer]
+        with torch.set_grad_enabled(gradients == "on"), _no_graph_kept(block, gradients):
             try:
                 with self._hooked(edits, reads), self._slots(layer, layout, tape.n_pos):
-                    out = self.model.blocks[layer](x, *args, **kwargs)
+                    out = block(x, *args, **kwargs)
             except Stop:
                 return (keys[0], values[0]) if until == "keys" else seen[0]
         return out[0] if isinstance(out, tuple) else out
@@ -470,7 +471,7 @@ class Adapter:
             return x
 
         hooks = {("resid_pre", 0): enter, **(edits or {})}
-        with self._hooked(hooks, None), torch.enable_grad():
+        with self._hooked(hooks, None), _no_graph_kept(self.model), torch.enable_grad():
             logits = self.model(tokens.to(self.device), return_type="logits")[:, -1]
             check_logits(self, logits, tokens, edits)
             rows = [
@@ -536,3 +537,19 @@ def _architecture(model: Any) -> str:
         if getattr(cfg, key, None):
             return str(getattr(cfg, key))
     return type(model).__name__
+
+
+@contextmanager
+def _no_graph_kept(part: Any, gradients: Gradients = "on") -> Iterator[None]:
+    """Cut what modules keep of a differentiated run loose from its graph.
+
+    The attention of a TransformerBridge keeps the residual stream that entered it last, and with it
+    everything that was needed to differentiate it.
+    """
+    try:
+        yield
+    finally:
+        for module in part.modules() if gradients == "on" else ():
+            for name, value in vars(module).items():
+                if isinstance(value, Tensor) and value.grad_fn is not None:
+                    setattr(module, name, value.detach())

@@ -130,6 +130,7 @@ def sign_flip_pvalues(
     Returns:
         p-values; 1 where every value is 0.
     """
+    check_seed(seed)
     sums, _ = cluster_sums(values, clusters)
     n = len(sums)
     observed = np.abs(sums.sum(0))
@@ -140,7 +141,6 @@ def sign_flip_pvalues(
         signs = np.concatenate([np.ones((len(grid), 1)), 1.0 - 2.0 * grid], 1)
         hits = (np.abs(signs @ sums) >= threshold).mean(0)
         return np.where(scale == 0, 1.0, hits)
-    check_seed(seed)
     if n_flips is None:
         needed = smallest or 0.05 / values.shape[1]
         n_flips = int(min(200_000, max(2_000, np.ceil(4 / needed))))
