@@ -11,6 +11,7 @@ import pytest
 from scipy import stats
 
 import tv_interp as tv
+from tv_interp.files import write_rows
 from tv_interp.models.load import WEIGHTS
 from tv_interp.show.arms import (
     REDUNDANCY,
@@ -18,7 +19,6 @@ from tv_interp.show.arms import (
     measure_arms,
     plot_arms,
     show_arms,
-    write_rows,
 )
 from tv_interp.show.phenomena import KINDS, WITHOUT
 

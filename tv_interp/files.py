@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from .errors import FileError
 
@@ -40,6 +42,31 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     """
     with whole_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def write_rows(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write measured rows as JSON, one a line, whole or not at all.
+
+    Raises:
+        FileError: if they cannot be written.
+    """
+    lines = [json.dumps(row) for row in rows]
+    write_text(path, "[\n " + ",\n ".join(lines) + "\n]\n")
+
+
+def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """Read what `write_rows` wrote.
+
+    Raises:
+        FileError: if it cannot be read or is something else.
+    """
+    try:
+        rows = json.loads(Path(path).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise FileError(f"cannot read {path}: {error}") from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise FileError(f"expected a file of rows in {path}, got something else")
+    return rows
 
 
 def make_directory(path: str | os.PathLike) -> Path:

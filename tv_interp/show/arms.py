@@ -21,7 +21,7 @@ import torch
 from scipy import stats
 
 from ..errors import FileError, TvInterpError
-from ..files import write_text
+from ..files import read_rows, write_rows
 from ..models.load import load_model
 from .paper import save_figure
 from .phenomena import KINDS, WITHOUT, measure_phenomena
@@ -57,8 +57,10 @@ def measure_arms(
     Raises:
         FileError: if there is no finished run, or ``out`` cannot be written.
     """
+    found_runs = finished_runs(runs, "arm-heads")
+    torch.set_num_threads(1)  # small models: more threads only wait for each other
     rows = []
-    for directory, about in finished_runs(runs, "arm-heads"):
+    for directory, about in found_runs:
         print(f"{about['preset']} seed {about['seed']}", flush=True)
         found = measure_phenomena(
             load_model(directory), tasks, n_prompts=n_prompts, ablated=tasks, seed=0
@@ -88,18 +90,7 @@ def finished_runs(runs: str, preset: str) -> list[tuple[Path, dict[str, Any]]]:
             f"python -m tv_interp.models.reference.train --preset {preset} --seed 0 "
             f"--out {Path(runs) / preset}-0"
         )
-    torch.set_num_threads(1)  # small models: more threads only wait for each other
     return found
-
-
-def write_rows(path: str | Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write rows as JSON, one a line.
-
-    Raises:
-        FileError: if the file cannot be written.
-    """
-    lines = [json.dumps(row) for row in rows]
-    write_text(Path(path), "[\n " + ",\n ".join(lines) + "\n]\n")
 
 
 def compare_arms(rows: Sequence[dict[str, Any]], *, baseline: str = BASELINE) -> pd.DataFrame:
@@ -160,21 +151,6 @@ def show_arms(path: str, *, figure: str | None = None) -> None:
     print(as_table(compare_arms(rows)))
     if figure is not None:
         save_figure(plot_arms(rows), figure)
-
-
-def read_rows(path: str) -> list[dict[str, Any]]:
-    """Read what `write_rows` wrote.
-
-    Raises:
-        FileError: if it cannot be read or is something else.
-    """
-    try:
-        rows = json.loads(Path(path).read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise FileError(f"cannot read {path}: {error}") from None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise FileError(f"expected a file of rows in {path}, got something else")
-    return rows
 
 
 def as_table(table: pd.DataFrame) -> str:

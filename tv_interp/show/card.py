@@ -16,7 +16,7 @@ from scipy.stats import binomtest
 from ..analysis.claims import check_claims
 from ..analysis.verdicts import Claims
 from ..errors import ModelError
-from ..files import write_text
+from ..files import write_rows, write_text
 from ..interventions.recording import last_logits
 from ..models.adapter import Adapter
 from ..models.load import load_model, reference_directory
@@ -134,18 +134,13 @@ def write_card(
     loaded = load_model(model)
     torch.set_num_threads(1)  # a small model: more threads only wait for each other
     if parts in ("all", "accuracy"):
-        _write_rows(directory / "accuracy.json", measure_accuracy(loaded, n_prompts=n_prompts))
+        write_rows(directory / "accuracy.json", measure_accuracy(loaded, n_prompts=n_prompts))
     if parts in ("all", "phenomena"):
-        _write_rows(directory / "phenomena.json", measure_phenomena(loaded))
+        write_rows(directory / "phenomena.json", measure_phenomena(loaded))
     if parts in ("all", "claims"):
         check_claims(loaded, claim_tasks()).save(directory / "claims.json")
     rows = json.loads((directory / "accuracy.json").read_text("utf-8"))
     write_text(directory / "README.md", _card(model, directory, rows))
-
-
-def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    lines = [json.dumps(row) for row in rows]
-    write_text(path, "[\n " + ",\n ".join(lines) + "\n]\n")
 
 
 def _phenomena(directory: Path) -> list[str]:

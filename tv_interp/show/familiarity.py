@@ -16,12 +16,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 from ..analysis.convergence import measure_convergence
 from ..errors import TvInterpError
+from ..files import read_rows, write_rows
 from ..models.load import load_model
 from ..prompts.tasks.knowledge import SHARED, relations
-from .arms import as_table, finished_runs, read_rows, write_rows
+from .arms import as_table, finished_runs
 
 FACTORS = {
     "familiarity": "per factor of ten in how often training showed the relation, same relation",
@@ -48,8 +50,10 @@ def measure_familiarity(
     Raises:
         FileError: if there is no finished run, or ``out`` cannot be written.
     """
+    found_runs = finished_runs(runs, "familiarity")
+    torch.set_num_threads(1)  # small models: more threads only wait for each other
     rows = []
-    for directory, about in finished_runs(runs, "familiarity"):
+    for directory, about in found_runs:
         model = load_model(directory)
         print(f"{about['preset']} seed {about['seed']}", flush=True)
         for name, weight in about["familiarity"].items():
