@@ -393,13 +393,16 @@ def test_prompts_of_another_model(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_module_keeps_the_graph_of_a_gradient(kind):
-    """The attention of a bridge keeps its last input: a graph would stay alive with it."""
+@pytest.mark.parametrize("call", ["edges", "saliency"])
+def test_no_module_keeps_the_graph_of_a_gradient(kind, call):
+    """The attention of a bridge keeps what entered its norm: a graph would stay alive with it."""
     model = tiny_model("llama", kind)
     w = words()[3:]
     prompts = make_prompts(model, Task.from_pairs({w[i]: w[9 - i] for i in range(5)}), n_demos=2)
-    score_edges(model, prompts.corrupt("answers"), method="eap")
-    saliency_flow(model, prompts)
+    if call == "edges":
+        score_edges(model, prompts.corrupt("answers"), method="eap")
+    else:
+        saliency_flow(model, prompts)
     kept = [
         (name, key)
         for name, module in model.named_modules()

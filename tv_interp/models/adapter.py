@@ -250,7 +250,7 @@ class Adapter:
         if until in ("pattern", "z", "attn_out"):
             reads = dict(reads or {}) | {(until, layer): stop}
         block = self.model.blocks[layer]
-        with torch.set_grad_enabled(gradients == "on"), _no_graph_kept(block, gradients):
+        with torch.set_grad_enabled(gradients == "on"), no_graph_kept(block, gradients):
             try:
                 with self._hooked(edits, reads), self._slots(layer, layout, tape.n_pos):
                     out = block(x, *args, **kwargs)
@@ -471,7 +471,7 @@ class Adapter:
             return x
 
         hooks = {("resid_pre", 0): enter, **(edits or {})}
-        with self._hooked(hooks, None), _no_graph_kept(self.model), torch.enable_grad():
+        with self._hooked(hooks, None), no_graph_kept(self.model), torch.enable_grad():
             logits = self.model(tokens.to(self.device), return_type="logits")[:, -1]
             check_logits(self, logits, tokens, edits)
             rows = [
@@ -540,11 +540,11 @@ def _architecture(model: Any) -> str:
 
 
 @contextmanager
-def _no_graph_kept(part: Any, gradients: Gradients = "on") -> Iterator[None]:
+def no_graph_kept(part: Any, gradients: Gradients = "on") -> Iterator[None]:
     """Cut what modules keep of a differentiated run loose from its graph.
 
-    The attention of a TransformerBridge keeps the residual stream that entered it last, and with it
-    everything that was needed to differentiate it.
+    The attention of a TransformerBridge keeps what entered the norm in front of it until its block
+    has run to the end, and with it everything that was needed to differentiate it.
     """
     try:
         yield

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import ModelError
-from .adapter import Adapter, Gradients, HookName
+from .adapter import Adapter, Gradients, HookName, no_graph_kept
 from .replay import Layout, Tape
 
 Via = Literal["q", "k", "v"]
@@ -71,9 +71,9 @@ class Parts:
         self, layer: int, x: Float[Tensor, "*rows pos d_model"], gradients: Gradients = "off"
     ) -> Float[Tensor, "*rows pos d_model"]:
         """Apply the norm in front of attention."""
-        flat = x.flatten(0, -3)
-        with torch.set_grad_enabled(gradients == "on"):
-            return self.adapter.model.blocks[layer].ln1(flat).view(x.shape)
+        flat, block = x.flatten(0, -3), self.adapter.model.blocks[layer]
+        with torch.set_grad_enabled(gradients == "on"), no_graph_kept(block, gradients):
+            return block.ln1(flat).view(x.shape)
 
     def writes(
         self, layer: int, z: Float[Tensor, "row pos head d_head"]
