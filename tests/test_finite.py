@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from conftest import tiny_model
@@ -18,8 +16,8 @@ PAIRS = {w: words()[30 + i] for i, w in enumerate(words()[3:28])}
 
 
 def spoilt(kind: str, arch: str = "llama", dtype=torch.float32):
-    """A copy of a tiny model, to be broken."""
-    return copy.deepcopy(tiny_model(arch, kind, dtype))
+    """A tiny model of its own, to be broken: the others are shared by the tests."""
+    return tiny_model.__wrapped__(arch, kind, dtype)
 
 
 def pairs(model, n: int = 3):
