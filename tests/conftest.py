@@ -12,6 +12,11 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the slow tests first, so that no worker ends long after the others."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 def has_hooked() -> bool:
     try:  # hasattr raises too in TransformerLens 4
         from transformer_lens import HookedTransformer  # noqa: F401
