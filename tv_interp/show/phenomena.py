@@ -20,7 +20,7 @@ from ..analysis.find import split_prompts
 from ..analysis.vectors import extract_vectors, inject_vectors
 from ..interventions.recording import last_logits
 from ..models.adapter import Adapter
-from ..prompts import Prompts, Task, get_task
+from ..prompts import Prompts, Task, get_task, list_tasks
 from ..scores import Scores, get_metric
 from ..scores.metrics import Targets
 
@@ -34,18 +34,20 @@ WITHOUT = "without answers"
 """Kind of the rows that take answers away."""
 ABLATED = ("country-currency", "country-capital", "simple-string", "digit")
 
+CATEGORIES = ("simple-string", "digit", "2d-data")
+BIJECTIONS = ("country-capital-bijection", "verb-past-bijection")
+CLEAR = 0.5
+"""Gain by the global vector from which on the card counts a relation."""
 
-TASKS = (
-    *("country-currency", "capital-country", "adjective-antonym", "verb-gerund"),
-    *("country-capital", "country-language"),
-    *("simple-string", "digit", "2d-data"),
-    *("country-capital-bijection", "verb-past-bijection"),
-)
+
+def card_tasks() -> list[str]:
+    """Name the tasks of a card: every relation that ships, none picked for its result."""
+    return [*list_tasks("knowledge"), *CATEGORIES, *BIJECTIONS]
 
 
 def measure_phenomena(
     model: Any,
-    tasks: Sequence[str | Task] = TASKS,
+    tasks: Sequence[str | Task] | None = None,
     *,
     n_demos: int = 8,
     n_prompts: int = 200,
@@ -56,7 +58,7 @@ def measure_phenomena(
 
     Args:
         model: A model that knows the tasks' words.
-        tasks: Tasks or names of shipped ones.
+        tasks: Tasks or names of shipped ones; `card_tasks` if not given.
         n_demos: Demonstrations.
         n_prompts: Prompts of each half, dev and test.
         seed: Decides prompts, halves and donors.
@@ -70,7 +72,7 @@ def measure_phenomena(
         have values over k of ``n_demos`` answers that no other token may attend to, with lo and hi.
     """
     rows = []
-    for each in tasks:
+    for each in card_tasks() if tasks is None else tasks:
         task = get_task(each)
         halves = split_prompts(model, task, n_demos=n_demos, n_prompts=n_prompts, seed=seed)
         metric = "choice" if task.family == "categorization" else "accuracy"
@@ -165,6 +167,8 @@ def phenomena_section(rows: Sequence[dict[str, Any]]) -> list[str]:
             f"{_interval(r)} | {_interval(r, 'gain_')} | {r['label_rate']:.2f} |"
             for r in by_kind[kind]
         ]
+        if known := [r for r in by_kind[kind] if r["family"] == "knowledge"]:
+            lines += ["", _count(known)]
     ablated = by_kind.get(WITHOUT, [])
     n_demos = len(ablated[0]["value"]) - 1 if ablated else 0
     lines += [
@@ -177,6 +181,16 @@ def phenomena_section(rows: Sequence[dict[str, Any]]) -> list[str]:
         "",
     ]
     return lines
+
+
+def _count(rows: Sequence[dict[str, Any]]) -> str:
+    """Say in how many relations a vector adds much, and in how many surely something."""
+    much = sum(r["gain_value"] >= CLEAR for r in rows)
+    sure = sum(r["gain_lo"] > 0 for r in rows)
+    return (
+        f"Of {len(rows)} relations, {much} gain {CLEAR:g} or more; in {sure} the interval of the "
+        "gain is above 0."
+    )
 
 
 def _interval(row: dict[str, Any], of: str = "") -> str:
