@@ -10,6 +10,7 @@ import pytest
 import tv_interp as tv
 from tv_interp.models.load import reference_directory
 from tv_interp.models.reference.vocabulary import SEPARATOR, template
+from tv_interp.show.card import write_card
 from tv_interp.show.learning import plot_learning, read_curve
 from tv_interp.show.phenomena import KINDS, WITHOUT, measure_phenomena, phenomena_section
 
@@ -59,6 +60,17 @@ def test_the_section_shows_what_was_measured(rows):
     assert "| task | 0 of 6 | 1 of 6 | 2 of 6 | 3 of 6 | 4 of 6 | 5 of 6 | 6 of 6 |" in lines
 
 
+def test_the_relations_that_gain_are_counted(rows):
+    gains = ((0.5, 0.2), (0.4, 0.1), (0.9, -0.1))
+    of = row(rows, "global") | {"family": "knowledge"}
+    known = [of | {"gain_value": value, "gain_lo": lo} for value, lo in gains]
+    assert (
+        "Of 3 relations, 2 gain 0.5 or more; in 2 the interval of the gain is above 0."
+        in phenomena_section(known)
+    )
+    assert not any(line.startswith("Of ") for line in phenomena_section(rows))
+
+
 def test_the_same_seed_measures_the_same(rows):
     again = measure_phenomena(tv.load_model(MODEL), ["digit"], n_demos=6, n_prompts=48)
     assert again == rows[: len(again)]
@@ -74,6 +86,8 @@ def test_learning_is_drawn_as_training_wrote_it(tmp_path):
     np.testing.assert_array_equal(digit[0].y, [r["digit"] for r in rows])
     with pytest.raises(tv.TvInterpError, match="expected the name of a shipped model or a dir"):
         read_curve(tmp_path / "nowhere")
+    with pytest.raises(tv.TvInterpError, match="directory with curve.jsonl, got 'nowhere'"):
+        write_card("nowhere")
     with pytest.raises(tv.TvInterpError, match="expected at least one learning curve"):
         plot_learning({})
 

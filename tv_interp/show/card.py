@@ -1,6 +1,7 @@
 """The model card's measurements: ``python -m tv_interp.show.card [--model reference]``.
 
-Every number of a card comes from this command, run on the shipped weights.
+Every number of a card comes from this command, run on the shipped weights or on a directory that
+training wrote.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from scipy.stats import binomtest
 
 from ..analysis.claims import check_claims
 from ..analysis.verdicts import Claims
-from ..errors import ModelError
 from ..files import write_rows, write_text
 from ..interventions.recording import last_logits
 from ..models.adapter import Adapter
@@ -25,6 +25,7 @@ from ..prompts.tasks.categorization import Categorization, hybrid_task
 from ..prompts.tasks.knowledge import SHARED
 from ..prompts.tasks.words import held_out_label_words, unanswered_label_words
 from ..scores.metrics import METRICS, Targets
+from .learning import read_curve
 from .phenomena import measure_phenomena, phenomena_section
 
 DEMOS = (0, 1, 2, 4, 6, 8, 10)
@@ -118,19 +119,18 @@ def write_card(
     n_prompts: int = 500,
     parts: Literal["all", "accuracy", "phenomena", "claims"] = "all",
 ) -> None:
-    """Measure a shipped model and write its README.md, and the numbers of each part beside it.
+    """Measure a model and write its README.md, and the numbers of each part, beside its weights.
 
     Args:
-        model: Name of a shipped model.
+        model: Name of a shipped model, or the directory that training wrote.
         n_prompts: Prompts of each cell of the table of accuracies.
         parts: What is measured; the rest is read from what was written before.
 
     Raises:
-        ModelError: if there is no such model.
+        FileError: if there is no such model, or training did not write it.
     """
-    directory = reference_directory(model)
-    if directory is None:
-        raise ModelError(f"expected the name of a shipped model, got {model!r}")
+    directory = reference_directory(model) or Path(model)
+    read_curve(model)  # says so if training did not write this directory
     loaded = load_model(model)
     torch.set_num_threads(1)  # a small model: more threads only wait for each other
     if parts in ("all", "accuracy"):
@@ -140,7 +140,7 @@ def write_card(
     if parts in ("all", "claims"):
         check_claims(loaded, claim_tasks()).save(directory / "claims.json")
     rows = json.loads((directory / "accuracy.json").read_text("utf-8"))
-    write_text(directory / "README.md", _card(model, directory, rows))
+    write_text(directory / "README.md", _card(directory.name, directory, rows))
 
 
 def _phenomena(directory: Path) -> list[str]:
@@ -176,7 +176,7 @@ def _card(name: str, directory: Path, rows: Sequence[dict[str, Any]]) -> str:
     config = json.loads((directory / "config.json").read_text("utf-8"))
     about = config["tv_interp"]
     recipe, shape = about["recipe"], about["shape"]
-    curve = [json.loads(line) for line in (directory / "curve.jsonl").read_text().splitlines()]
+    curve = read_curve(directory)
     demos = sorted({row["n_demos"] for row in rows})
     table = [
         "| family | " + " | ".join(f"{n}" for n in demos) + " |",
