@@ -72,6 +72,7 @@ def test_what_cannot_be_compared_is_refused():
         plot_arms([])
 
 
+@pytest.mark.slow
 def test_a_table_and_a_figure_are_made_of_the_file(tmp_path, capsys):
     write_rows(tmp_path / "arms.json", made_rows())
     show_arms(str(tmp_path / "arms.json"), figure=str(tmp_path / "arms.svg"))
@@ -94,6 +95,7 @@ def test_the_figure_has_a_line_for_each_arm_and_a_thin_one_for_each_seed():
     np.testing.assert_allclose(thick[3].y, [0.8, 0.8, 0.6, 0.0])
 
 
+@pytest.mark.slow
 def test_finished_runs_are_measured_from_their_directories(tmp_path, capsys):
     with pytest.raises(tv.TvInterpError, match="expected directories of finished runs in"):
         measure_arms(str(tmp_path))

@@ -28,6 +28,7 @@ def made_rows(noise: float = 0.0):
     return rows
 
 
+@pytest.mark.slow
 def test_familiarity_is_found_within_relations_whatever_else_they_are():
     table = explain_convergence(made_rows()).set_index("factor")
     assert table.loc["familiarity", "slope"] == pytest.approx(0.2, abs=1e-6)
@@ -38,6 +39,7 @@ def test_familiarity_is_found_within_relations_whatever_else_they_are():
     assert noisy.loc["familiarity", "lo"] > 0 > noisy.loc["shared", "hi"]
 
 
+@pytest.mark.slow
 def test_relations_without_effect_are_left_out_and_too_few_are_refused():
     rows = made_rows()
     lost = [row | {"convergence": None} if row["relation"] == "r3" else row for row in rows]

@@ -61,6 +61,7 @@ def test_it_is_small_and_brings_its_own_template(name):
     assert prompts.prepend_bos and int(prompts.lengths.max()) == 9
 
 
+@pytest.mark.slow
 @each_shipped
 def test_the_card_says_what_the_shipped_weights_do(name):
     """Small fresh samples fall within the card's intervals widened by their own."""
@@ -108,6 +109,7 @@ def test_the_shipped_recipe_is_that_of_its_preset(name):
     assert recipe == json.loads(json.dumps(asdict(PRESETS[made["preset"]])))
 
 
+@pytest.mark.slow
 def test_models_over_training_learn():
     places = sorted((reference_directory("reference-words") / "over_training").iterdir())
     first, last = (tv.load_model(str(place)) for place in (places[0], places[-1]))
@@ -158,6 +160,7 @@ def trained(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on_to_the_same_weights(tmp_path, trained):
     """Killed twice: at the first checkpoint, and while the label words grow in number."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -265,6 +268,7 @@ def test_heads_that_lean_look_nearby_and_at_what_is_alike():
     assert near.mean() > far.mean() + 0.5
 
 
+@pytest.mark.slow
 def test_training_leaves_models_to_watch_it_by(trained):
     places = sorted((trained / "over_training").iterdir())
     steps = [int(place.name) for place in places]
@@ -279,6 +283,7 @@ def test_training_leaves_models_to_watch_it_by(trained):
         torch.testing.assert_close(last(prompts.tokens), final(prompts.tokens), atol=0.1, rtol=0)
 
 
+@pytest.mark.slow
 def test_training_says_what_it_took(trained):
     took = json.loads((trained / "training.json").read_text())
     assert 0 < took["minutes"] < 10 and "1 threads" in took["machine"]
@@ -399,6 +404,7 @@ def test_bad_input_to_training_is_one_clear_error(tmp_path):
     assert process.stderr.startswith("error: unknown preset 'bse'")
 
 
+@pytest.mark.slow
 def test_damaged_weights_and_foreign_tokenizers_are_refused(tmp_path, trained):
     damaged = tmp_path / "damaged"
     shutil.copytree(trained, damaged, ignore=shutil.ignore_patterns("over_training"))

@@ -47,6 +47,7 @@ def clusters_of(rng, n_prompts: int, kind: str) -> np.ndarray:
 # ------------------------------------------------------------------------------------ intervals
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["distinct", "clustered"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("n_prompts", [24, 48, 64])
@@ -214,6 +215,7 @@ def test_sign_and_scale_do_not_matter():
     assert (sign_flip_pvalues(values, np.arange(30), seed=1) != pvalues).any()
 
 
+@pytest.mark.slow
 def test_smallest_pvalue_can_be_reached():
     """One strong cell among many nulls is found at q / m: there are flips enough for it."""
     rng = np.random.default_rng(7)
