@@ -32,6 +32,7 @@ EXCEPTIONS = {
     ("scores.scores", "show"),
     ("analysis.circuits", "show"),
     ("analysis.faithfulness", "show"),
+    ("analysis.information", "show"),
 }
 
 
