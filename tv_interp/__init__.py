@@ -71,8 +71,8 @@ if TYPE_CHECKING:
     from .show.paper import save_figure
     from .show.report import write_report
     from .sweep.compare import compare_heads, depth_profile
-    from .sweep.failures import explain_failures, measure_pair
     from .sweep.estimate import estimate_sweep
+    from .sweep.failures import explain_failures, measure_pair
     from .sweep.plan import Cell, Plan
     from .sweep.run import Swept, load_sweep, run_sweep
 

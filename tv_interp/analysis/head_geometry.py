@@ -20,7 +20,7 @@ from ..errors import PromptError
 from ..interventions.recording import batches, check_memory
 from ..interventions.sites import Head, Site
 from ..models.adapter import Adapter
-from ..models.replay import Layout
+from ..models.replay import Layout, Tape
 from ..prompts import Contrast, Prompts
 from ..scores.statistics import jackknife
 from .common import all_heads, as_sites, provenance
@@ -243,31 +243,32 @@ def _reading(adapter: Adapter, contrast: Contrast, seed: int) -> Float[Tensor, "
         ours = adapter.tape(clean.tokens[rows, : tokens.shape[1]])
         base = adapter.tape(tokens)
         where = (torch.arange(len(rows))[:, None], positions[rows])
-        layout = Layout.suffix(0, base.n_pos)
         for layer in adapter.layers:
-
-            def values(x: Tensor, layer: int = layer) -> Tensor:
-                seen: list[Tensor] = []
-                adapter.block(
-                    base, layer, x, layout, reads={("v", layer): seen.append}, until="z"
-                )  # fmt: skip
-                return seen[0].cpu()[where].double()
-
             resid = base.resid[layer]
             change = (ours.resid[layer][where] - resid[where]).cpu()
-            plain = values(resid)
-
-            def moved(by: Tensor) -> Tensor:
-                x = resid.clone()
-                x[where] = x[where] + by.to(x)
-                return (values(x) - plain).norm(dim=-1).mean(1)  # [row, kv_head]
-
-            chance = []
+            moves = [change]
             for _ in range(N_RANDOM):
                 noise = torch.randn(change.shape, generator=random).to(change)
                 noise = noise / noise.norm(dim=-1, keepdim=True)
-                chance.append(moved(noise * change.norm(dim=-1, keepdim=True)))
-            ratio = moved(change) / torch.stack(chance).mean(0)
+                moves.append(noise * change.norm(dim=-1, keepdim=True))
+            plain = _values_at(adapter, base, layer, resid, where)
+            moved = []
+            for by in moves:
+                x = resid.clone()
+                x[where] = x[where] + by.to(x)
+                new = _values_at(adapter, base, layer, x, where)
+                moved.append((new - plain).norm(dim=-1).mean(1))  # [row, kv_head]
+            ratio = moved[0] / torch.stack(moved[1:]).mean(0)
             # some HookedTransformers repeat keys and values for each query head
             out[rows, layer] = ratio[:, kv] if ratio.shape[1] == adapter.n_kv_heads else ratio
     return out
+
+
+def _values_at(
+    adapter: Adapter, tape: Tape, layer: int, x: Tensor, where: tuple[Tensor, Tensor]
+) -> Float[Tensor, "row place kv_head d_head"]:
+    """Compute the values of a layer's heads at some tokens, from another input of its block."""
+    seen: list[Tensor] = []
+    layout, reads = Layout.suffix(0, tape.n_pos), {("v", layer): seen.append}
+    adapter.block(tape, layer, x, layout, reads=reads, until="z")
+    return seen[0].cpu()[where].double()

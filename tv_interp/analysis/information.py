@@ -4,7 +4,7 @@ Two rules are crossed with two queries, which gives four answers (`tv_interp.pro
 state of a role after a block is taken from the run in which both differ and put into the plain run.
 Which of the four answers comes out says what was in it:
 
-* the other rule's answer to the plain query: the state held the **rule**, and the query is elsewhere;
+* the other rule's answer to the plain query: the state held the **rule**, the query is elsewhere;
 * the plain rule's answer to the other query: it held the **query**;
 * the other rule's answer to the other query: it held the **answer**, or rule and query together,
   which no exchange of one state can tell apart.
@@ -89,8 +89,8 @@ class InformationMap(Shown):
         s = self.settings
         yield (
             f"{s['task']} on {s['model']}, {s['n_prompts']} prompts: what a state holds, by role, "
-            f"where it holds most; the other rule is {s['other']}. The plain run prefers its answer "
-            f"of the four in {s['right']:.2f}."
+            f"where it holds most; the other rule is {s['other']}. The plain run prefers its "
+            f"answer of the four in {s['right']:.2f}."
         )
         rows = []
         for role in self.held["rule"].data["role"].values.tolist():
@@ -292,7 +292,7 @@ def _ridge_hits(
     questions: Sequence[Int[np.ndarray, " sample"]],
     fold: Int[np.ndarray, " sample"],
 ) -> Float[np.ndarray, "question sample"]:
-    """Mark the states whose class a ridge regression on one-hot classes, fitted elsewhere, finds."""
+    """Mark the states whose class a ridge regression on one-hot classes of other prompts finds."""
     hits = np.zeros((len(questions), len(states)))
     onehots = [np.eye(codes.max() + 1, dtype=states.dtype)[codes] for codes in questions]
     ends = np.cumsum([each.shape[1] for each in onehots])[:-1]

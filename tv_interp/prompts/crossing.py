@@ -1,4 +1,4 @@
-"""Two rules crossed with two queries: which of the four answers comes out says what a state held."""
+"""Two rules crossed with two queries: which of four answers comes out says what a state held."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .tasks.base import RuledSample
 
 
 class Crossed(NamedTuple):
-    """Four prompts of equal length and roles, row by row; each answers its own query by its own rule.
+    """Four prompts of equal length and roles, row by row; each has its own answer.
 
     Attributes:
         plain: The prompts that were given, less those that cannot be crossed.

@@ -70,11 +70,10 @@ def measure_pair(
     row |= _features(found_map)
     kind = str(report.settings["corruptions"][0])
     contrast = prompts.corrupt(kind, seed=seed + 1)
-    taken = [head.site for head in report.found]
     for name, at in (("writers", "answer"), ("readers", "query_is")):
         heads = [head.site for head in getattr(report, name)]
         if heads:
-            shape = tv.head_geometry(model, contrast, heads, at=at, taken=taken, seed=seed)
+            shape = tv.head_geometry(model, contrast, heads, at=at, seed=seed)
             row |= {f"{name}: {r.measure}": _number(r.gap) for r in shape.rows}
     return row
 
