@@ -100,7 +100,7 @@ class InformationMap(Shown):
                 if not share.notnull().any():
                     cells.append("no total")
                     continue
-                layer = int(abs(share).argmax())
+                layer = int(np.abs(share.values).argmax())
                 cells.append(f"{float(share[layer]):+.2f} (L{layer})")
             rows.append((role, *cells))
         yield Table(("role", *HELD), rows)
