@@ -84,9 +84,9 @@ def test_what_cannot_be_crossed_is_refused_or_counted():
     with pytest.raises(PromptError, match="carry no rule"):
         cross(plain, other=PARTNER)
     with pytest.raises(UnknownName, match="unknown map"):
-        found_on(KINDS[-1])[2].plot(of="other")
+        found_on(KINDS[-1])[2].plot(of="other")  # type: ignore[arg-type]
     with pytest.raises(UnknownName, match="unknown information"):
-        found_on(KINDS[-1])[2].share("other")
+        found_on(KINDS[-1])[2].share("other")  # type: ignore[arg-type]
 
 
 class Unruled(tv.Task):
@@ -137,6 +137,7 @@ def test_a_cell_of_the_map_is_what_a_plain_hook_gives(kind):
 def test_demonstrations_hold_no_query_and_the_last_state_the_whole_answer(kind):
     _, _, found = found_on(kind)
     answer = found.held["answer"]
+    assert answer.total is not None
     np.testing.assert_allclose(
         answer.data.sel(role="query_is", layer=1).values, answer.total.values, atol=1e-5
     )
