@@ -286,6 +286,14 @@ def test_what_is_no_model():
             Adapter.of(value)
 
 
+def test_layers_on_several_devices_are_refused_before_anything_runs(kind):
+    model = tiny_model.__wrapped__("gpt2", kind)
+    contrast = pairs(model)
+    model.blocks[1].to("meta")  # a device that every machine has
+    with pytest.raises(ModelError, match=r"lie on several devices \(cpu, meta\).*load it on one"):
+        patch_heads(model, contrast, at="answer")
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .analysis.features import Geometry, measure_geometry
     from .analysis.find import HeadReport, find_heads
     from .analysis.graph import RoleGraph
+    from .analysis.head_geometry import HeadGeometry, head_geometry
     from .analysis.head_vectors import HeadShares, head_vectors, measure_head_shares
     from .analysis.heads import (
         knock_out,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
         patch_together,
     )
     from .analysis.hypotheses import CircuitTests, check_circuit
+    from .analysis.information import InformationMap, information_map
     from .analysis.interactions import patch_interactions
     from .analysis.many_vectors import (
         Combination,
@@ -70,6 +72,7 @@ if TYPE_CHECKING:
     from .show.report import write_report
     from .sweep.compare import compare_heads, depth_profile
     from .sweep.estimate import estimate_sweep
+    from .sweep.failures import explain_failures, measure_pair
     from .sweep.plan import Cell, Plan
     from .sweep.run import Swept, load_sweep, run_sweep
 
@@ -85,6 +88,10 @@ _HOME = {
     "measure_geometry": ".analysis.features",
     "HeadReport": ".analysis.find",
     "find_heads": ".analysis.find",
+    "HeadGeometry": ".analysis.head_geometry",
+    "head_geometry": ".analysis.head_geometry",
+    "InformationMap": ".analysis.information",
+    "information_map": ".analysis.information",
     "HeadShares": ".analysis.head_vectors",
     "head_vectors": ".analysis.head_vectors",
     "measure_head_shares": ".analysis.head_vectors",
@@ -151,6 +158,8 @@ _HOME = {
     "save_figure": ".show.paper",
     "write_report": ".show.report",
     "compare_heads": ".sweep.compare",
+    "explain_failures": ".sweep.failures",
+    "measure_pair": ".sweep.failures",
     "depth_profile": ".sweep.compare",
     "estimate_sweep": ".sweep.estimate",
     "Cell": ".sweep.plan",
@@ -172,9 +181,11 @@ __all__ = [  # noqa: PLE0604
     "Cut",
     "Edge",
     "Geometry",
+    "HeadGeometry",
     "HeadRanking",
     "HeadReport",
     "HeadShares",
+    "InformationMap",
     "Metric",
     "OneVector",
     "Patch",
@@ -206,13 +217,16 @@ __all__ = [  # noqa: PLE0604
     "draw_circuit",
     "estimate_sweep",
     "evaluate_circuit",
+    "explain_failures",
     "extract_vectors",
     "find_circuit",
     "find_heads",
     "function_vector",
     "get_task",
+    "head_geometry",
     "head_vectors",
     "implied_ranks",
+    "information_map",
     "inject_many_vectors",
     "inject_one_vector",
     "inject_vectors",
@@ -227,6 +241,7 @@ __all__ = [  # noqa: PLE0604
     "measure_curve",
     "measure_geometry",
     "measure_head_shares",
+    "measure_pair",
     "measure_stability",
     "patch_heads",
     "patch_interactions",

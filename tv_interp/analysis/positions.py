@@ -63,7 +63,7 @@ def patch_positions(
             "prompts of one length"
         )
     run = Experiment(model, contrast, recorded, direction, metric, "query_is")
-    places: list[Any] = list(range(lengths[0])) if by == "token" else _roles_of(prompts)
+    places: list[Any] = list(range(lengths[0])) if by == "token" else roles_of(prompts)
     ours, theirs = (p.tokens[:, : lengths[0]] for p in (prompts, contrast.corrupted))
     differ = (ours != theirs).any(0)  # without padding, which may be of other widths
     before = int(differ.int().argmax()) if differ.any() else 0
@@ -87,7 +87,7 @@ def patch_positions(
     return run.scores(np.moveaxis(effects, 1, -1), dims, coords | {dim: places}, at=by)
 
 
-def _roles_of(prompts: Prompts) -> list[str]:
+def roles_of(prompts: Prompts) -> list[str]:
     """List the roles that have one span in every prompt, or one in every demonstration."""
     found = []
     for name in ROLE_NAMES:

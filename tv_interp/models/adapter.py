@@ -77,8 +77,8 @@ class Adapter:
         """Look at a model and refuse what cannot be measured exactly.
 
         Raises:
-            ModelError: if it is no TransformerLens model, is in training mode, or is of an
-                architecture that the interventions cannot be exact on (named).
+            ModelError: if it is no TransformerLens model, is in training mode, lies on several
+                devices, or is of an architecture that the interventions cannot be exact on (named).
         """
         cfg = getattr(model, "cfg", None)
         if cfg is None or not hasattr(model, "hook_dict"):
@@ -110,6 +110,13 @@ class Adapter:
             raise ModelError(
                 f"{architecture} has no attention heads at {_NAMES['z'].format(0)!r}: this "
                 "architecture is not supported"
+            )
+        devices = sorted({str(parameter.device) for parameter in model.parameters()})
+        if len(devices) > 1:
+            raise ModelError(
+                f"the weights of {architecture} lie on several devices ({', '.join(devices)}), "
+                "which is not supported: load it on one, without n_devices or device_map, in "
+                'dtype="bfloat16" where it does not fit'
             )
         groups = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
         name = getattr(cfg, "model_name", None) or architecture

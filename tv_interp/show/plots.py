@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from ..analysis.comparison import VectorReport
     from ..analysis.find import Effect, FoundHead, HeadReport
+    from ..analysis.information import InformationMap
     from ..scores import Scores
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -36,7 +37,8 @@ _BETWEEN = 100  # pixels between the rows of a sheet: axis title above, panel ti
 LETTERS = {"writer": "W", "copier": "C", "reader": "R", "relay": "L"}
 FADED = 0.04
 """Opacity of the edges of a circuit that are not on the chosen paths."""
-_PLANES = (("layer", "head"), ("sender", "receiver"), ("dest", "src"), ("layer", "site"))
+_PLANES = (("layer", "head"), ("sender", "receiver"), ("dest", "src"), ("layer", "site"),
+           ("role", "layer"))  # fmt: skip
 _AXES = {"layer": "layer (0 at the top)", "demo": "demonstration (from 0)", "src": "source",
          "dest": "destination", "sender": "sender (writes)", "receiver": "receiver (reads)",
          "role": "source role", "site": ""}  # fmt: skip
@@ -122,6 +124,44 @@ def plot_flow(flow: Scores, *, title: str | None = None) -> go.Figure:
     data = pairs.drop_vars(("site", "src", "dest")).assign_coords(site=names)
     scores = replace(flow, data=data.transpose("prompt", "layer", "site"))
     return plot_scores(scores, of="mean", title=title)
+
+
+def plot_information(
+    found: InformationMap, *, of: Literal["held", "decoded"] = "held", title: str | None = None
+) -> go.Figure:
+    """Draw what each role holds after each layer: a panel each for rule, query and answer.
+
+    Args:
+        found: From `information_map`.
+        of: ``"held"``, by intervention: the share of the total, or the effect where a total is not
+            clear. ``"decoded"``, the screen: accuracy above shuffled labels.
+        title: Title; None for what was measured.
+
+    Returns:
+        Heatmaps of role by layer with one colour scale and a dot where the mean over prompts is
+        significant within its panel; grey where nothing could be measured.
+
+    Raises:
+        UnknownName: for another ``of``.
+    """
+    if of not in ("held", "decoded"):
+        raise unknown("map", of, ("held", "decoded"))
+    import xarray as xr
+
+    maps = found.held if of == "held" else found.decoded
+    if not maps:
+        raise ScoreError("nothing could be decoded: too few states share a word; take more prompts")
+    clear = all(scores.total_is_clear() for scores in maps.values())
+    names = xr.DataArray(list(maps), dims=("part",), name="part")
+    table = xr.concat([s.ci("recovered" if clear else "mean") for s in maps.values()], dim=names)
+    marked = xr.concat([s.significant() for s in maps.values()], dim=names)
+    unit = "share of total" if clear else next(iter(maps.values())).unit
+    sheet = _planes(table, ("role", "layer"), unit, marked)
+    s = found.settings
+    if title is None:
+        how = "what a state holds" if of == "held" else "what a linear decoder reads (a screen)"
+        title = f"{how}: {s['task']} on {s['model']}, other rule: {s['other']}"
+    return sheet.figure(title, gaps=True)
 
 
 def describe(scores: Scores) -> str:
@@ -528,7 +568,8 @@ def _heatmap(
     scale: bool,
 ) -> dict[str, Any]:
     rows, cols = plane
-    point = "L%{y}H%{x}" if plane == ("layer", "head") else "%{y} → %{x}"
+    points = {("layer", "head"): "L%{y}H%{x}", ("role", "layer"): "%{y} after layer %{x}"}
+    point = points.get(plane, "%{y} → %{x}")
     trace: dict[str, Any] = {
         "type": "heatmap",
         "z": _numbers(table["value"].values),
@@ -551,7 +592,8 @@ def _plane_axes(table: xr.Dataset, plane: tuple[str, str]) -> tuple[dict, dict]:
     """Make the x and the y axis of a heatmap."""
     out = []
     for dim in (plane[1], plane[0]):
-        axis: dict[str, Any] = {"title": {"text": _AXES.get(dim, dim)}, "showgrid": False}
+        name = dim if plane == ("role", "layer") else _AXES.get(dim, dim)
+        axis: dict[str, Any] = {"title": {"text": name}, "showgrid": False}
         if plane == ("layer", "head"):
             axis |= {"tickmode": "linear", "tick0": 0, "dtick": math.ceil(table.sizes[dim] / 14)}
         else:

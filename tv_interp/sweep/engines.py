@@ -32,7 +32,11 @@ def _pool(jobs: Sequence[Job], workers: int, options: dict) -> Iterator[tuple[Jo
     from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
     from concurrent.futures.process import BrokenProcessPool
 
-    context = multiprocessing.get_context("spawn")  # a forked torch may hang
+    # a forked torch may hang, so workers are forked from a server that has only imported it: that
+    # happens once, and what takes the place of a dead worker starts at once
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    context.set_forkserver_preload(["transformer_lens", "tv_interp.sweep.cells"])
     left, running = list(reversed(jobs)), dict[Future, Job]()
     while left or running:
         with ProcessPoolExecutor(workers, mp_context=context) as pool:
