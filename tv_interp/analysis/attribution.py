@@ -33,7 +33,7 @@ from tqdm import tqdm
 from ..interventions.recording import Run
 from ..models.adapter import Edit, HookName
 from ..models.finite import not_finite
-from ..models.parts import VIA, Parts, Via
+from ..models.parts import VIA, Parts
 from ..models.replay import Layout, Tape
 from ..scores.metrics import Readout
 from .gradients import Walk, few_rows, some_rows
@@ -199,13 +199,11 @@ class _Step:
         walk = Walk(self.parts.adapter, self.tape, x, self.readout, self.rows, leaves, swaps)
         at = walk.gradients
         for layer in range(first, graph.n_layers):
-            read = torch.zeros_like(x)  # the gradient that reaches the stream through attention
             if layer in attends:
-                for via, dest, gradient in self._at_heads(layer, walk.resid[layer], at["z", layer]):
-                    products = self._products(change[:, :, : graph.below(layer)], gradient)
-                    numbers = graph.numbers[via, layer][:, :, dest]
-                    _add(found, numbers, products, weight)
-                    read += gradient.sum(2)
+                some = change[:, :, : graph.below(layer)]
+                read = self._add_heads(
+                    found, layer, some, walk.resid[layer], at["z", layer], weight
+                )
             if serial:
                 at_mlp = at["attn_out", layer] - at["resid_pre", layer + 1]
             elif graph.has_mlp and layer in attends:
@@ -213,47 +211,79 @@ class _Step:
             else:
                 continue
             some = change[:, :, : graph.below(layer, "mlp")]
-            products = self._products(some, at_mlp[:, :, None])
-            _add(found, graph.numbers["mlp", layer], products[..., 0], weight)
-        products = self._products(change, at["resid_pre", graph.n_layers][:, :, None])
-        _add(found, graph.numbers["logits", graph.n_layers], products[..., 0], weight)
+            _add(found, graph.numbers["mlp", layer], self._products(some, at_mlp), weight)
+        products = self._products(change, at["resid_pre", graph.n_layers])
+        _add(found, graph.numbers["logits", graph.n_layers], products, weight)
 
     def _products(
         self,
         change: Float[Tensor, "row pos sender d_model"],
-        gradient: Float[Tensor, "row pos receiver d_model"],
-    ) -> Float[Tensor, "row place sender receiver"]:
-        """Multiply changes with gradients and sum over the tokens of the sender's place."""
-        return torch.einsum("btsr,btp->bpsr", change @ gradient.mT, self.masks)
+        gradient: Float[Tensor, "row pos d_model"],
+    ) -> Float[Tensor, "row place sender"]:
+        """Multiply changes with a gradient and sum over the tokens of the sender's place."""
+        return torch.einsum("bts,btp->bps", (change @ gradient[..., None])[..., 0], self.masks)
 
-    def _at_heads(
-        self, layer: int, x: Float[Tensor, "row pos d_model"], at_z: Tensor
-    ) -> Iterator[tuple[Via, int, Float[Tensor, "row pos head d_model"]]]:
-        """Get the gradients at the inputs of heads: via, place of the head, gradients."""
-        for dest in range(len(self.graph.places)):
-            if not self.graph.is_live(layer, dest):
-                continue
-            from_dest = at_z * self.masks[:, :, dest, None, None]
-            for via, gradient in zip(VIA, self._at_qkv(layer, x, from_dest), strict=True):
-                weight, _ = self.parts.weights(layer, via)
-                normed = torch.einsum("bthe,hde->hbtd", gradient, weight)
-                inputs = x.expand_as(normed).clone().requires_grad_(True)
-                out = self.parts.norm(layer, inputs, gradients="on")
-                (found,) = torch.autograd.grad(out, inputs, normed)
-                yield via, dest, found.permute(1, 2, 0, 3)
+    def _add_heads(
+        self,
+        found: Float[np.ndarray, "row edge"],
+        layer: int,
+        change: Float[Tensor, "row pos sender d_model"],
+        x: Float[Tensor, "row pos d_model"],
+        at_z: Float[Tensor, "row pos head d_head"],
+        weight: float,
+    ) -> Float[Tensor, "row pos d_model"]:
+        """Add the scores of the edges into a layer's heads, at all places where these are.
+
+        Senders are fewer than heads at places, three ways in: what they change is taken through the
+        norm, rather than the gradients back through it.
+
+        Returns:
+            The gradient that reaches the residual stream through these heads.
+        """
+        graph = self.graph
+        dests = [d for d in range(len(graph.places)) if graph.is_live(layer, d)]
+        at_normed, changed, back = torch.zeros_like(x), *self._through_norm(layer, x, change)
+        for via, gradient in zip(VIA, self._at_qkv(layer, x, at_z, dests), strict=True):
+            maps, _ = self.parts.weights(layer, via)
+            normed = torch.einsum("pbthe,hde->btphd", gradient, maps)
+            products = changed @ normed.flatten(2, 3).mT  # [row, pos, sender, dest and head]
+            products = torch.einsum("btsr,btp->bpsr", products, self.masks)
+            numbers = graph.numbers[via, layer][:, :, dests]
+            _add(found, numbers, products.unflatten(-1, numbers.shape[2:]), weight)
+            at_normed += normed.sum((2, 3))
+        return back(at_normed)
+
+    def _through_norm(
+        self, layer: int, x: Float[Tensor, "row pos d_model"], change: Tensor
+    ) -> tuple[Float[Tensor, "row pos sender d_model"], Callable[[Tensor], Tensor]]:
+        """Apply the Jacobian of the norm in front of attention; get its transpose as a function.
+
+        The transpose is linear in the gradient that it is given, so its derivative by that is the
+        Jacobian.
+        """
+        inputs, given = x.clone().requires_grad_(True), torch.zeros_like(x, requires_grad=True)
+        out = self.parts.norm(layer, inputs, gradients="on")
+        with torch.enable_grad():
+            (back,) = torch.autograd.grad(out, inputs, given, create_graph=True)
+        batch = change.movedim(2, 0)
+        (changed,) = torch.autograd.grad(
+            back, given, batch, retain_graph=True, is_grads_batched=True
+        )
+        return changed.movedim(0, 2), lambda g: torch.autograd.grad(out, inputs, g)[0]
 
     def _at_qkv(
-        self, layer: int, x: Tensor, at_z: Tensor
-    ) -> list[Float[Tensor, "row pos head d_head"]]:
-        """Get the gradients at each query head's own q, k and v.
+        self, layer: int, x: Tensor, at_z: Tensor, dests: Sequence[int]
+    ) -> list[Float[Tensor, "dest row pos head d_head"]]:
+        """Get the gradients at each query head's own q, k and v, through its z at some places.
 
-        Heads that share keys and values take turns, in copies of the rows.
+        Heads that share keys and values take turns, as the places do.
         """
-        adapter, (n_rows, n_pos) = self.parts.adapter, x.shape[:2]
+        from_dests = at_z * self.masks[:, :, dests].movedim(2, 0)[..., None, None]
+        adapter = self.parts.adapter
         n_turns = adapter.n_heads // adapter.n_kv_heads
         turn = torch.arange(adapter.n_heads, device=x.device) % n_turns
         turns = torch.arange(n_turns, device=x.device)[:, None] == turn  # [turn, head]
-        wanted = torch.where(turns[:, None, None, :, None], at_z, 0).flatten(0, 1)
+        wanted = torch.where(turns[:, None, None, None, :, None], from_dests, 0)
         leaves: dict[HookName, Tensor] = {}
 
         def plant(name: HookName) -> Edit:
@@ -264,12 +294,12 @@ class _Step:
             return edit
 
         edits: dict[HookName, Edit] = {(via, layer): plant((via, layer)) for via in VIA}
-        layout = Layout.suffix(0, n_pos)
-        copies = x.repeat(n_turns, 1, 1)
-        z = adapter.block(self.tape, layer, copies, layout, edits=edits, until="z", gradients="on")
+        layout = Layout.suffix(0, x.shape[1])
+        z = adapter.block(self.tape, layer, x, layout, edits=edits, until="z", gradients="on")
         named = [leaves[via, layer] for via in VIA]
-        q, k, v = (g.unflatten(0, (n_turns, n_rows)) for g in torch.autograd.grad(z, named, wanted))
-        own = [g.permute(1, 2, 3, 0, 4).flatten(2, 3) for g in (k, v)]
+        found = torch.autograd.grad(z, named, wanted.flatten(0, 1), is_grads_batched=True)
+        q, k, v = (gradient.unflatten(0, wanted.shape[:2]) for gradient in found)
+        own = [g.permute(1, 2, 3, 4, 0, 5).flatten(3, 4) for g in (k, v)]
         return [q.sum(0), *own]
 
 

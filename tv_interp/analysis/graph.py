@@ -20,7 +20,7 @@ MLPs of the last layer exist at ``query_is`` alone: elsewhere they reach nothing
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -207,39 +207,37 @@ class RoleGraph(Shown):
         """Number all edges and name them, receiver by receiver."""
         numbers: dict[tuple[str, int], np.ndarray] = {}
         names: list[str] = []
-        n_places, heads = len(self.places), range(self.n_heads)
+        places, heads = range(len(self.places)), range(self.n_heads)
+        every = range(self.n_senders)
+        called = [[self.sender_name(sender, place) for sender in every] for place in places]
+        lives = [[s for s in every if self.is_live(self.layer_of(s), place)] for place in places]
 
-        def add(table: np.ndarray, where: tuple[int, ...], sender: int, place: int, to: str):
-            table[where] = len(names)
-            names.append(f"{self.sender_name(sender, place)}->{to}")
-
-        def senders(n: int, place: int) -> Iterator[int]:
-            return (s for s in range(n) if self.is_live(self.layer_of(s), place))
+        def add(column: np.ndarray, place: int, to: str) -> None:
+            """Number the edges to one receiver from the first so many senders at a place."""
+            senders = lives[place][: np.searchsorted(lives[place], len(column))]
+            column[senders] = np.arange(len(names), len(names) + len(senders))
+            names.extend([f"{called[place][sender]}->{to}" for sender in senders])
 
         for layer in range(self.n_layers):
             n = self.below(layer)
-            dests = [d for d in range(n_places) if self.is_live(layer, d)]
+            dests = [place for place in places if self.is_live(layer, place)]
             for via in VIA:
-                table = np.full((n_places, n, n_places, self.n_heads), -1)
+                table = np.full((len(places), n, len(places), self.n_heads), -1)
                 for d in dests:
-                    for src in range(n_places):
+                    for src in places:
                         if src != d if via == "q" else not self._sees(src, d):
                             continue
                         for head in heads:
                             to = f"L{layer}H{head}.{via}@{self.places[d]}"
-                            for s in senders(n, src):
-                                add(table, (src, s, d, head), s, src, to)
+                            add(table[src, :, d, head], src, to)
                 numbers[via, layer] = table
             if self.has_mlp:
-                n = self.below(layer, "mlp")
-                table = np.full((n_places, n), -1)
+                table = np.full((len(places), self.below(layer, "mlp")), -1)
                 for d in dests:
-                    for s in senders(n, d):
-                        add(table, (d, s), s, d, f"L{layer}.mlp@{self.places[d]}")
+                    add(table[d], d, f"L{layer}.mlp@{self.places[d]}")
                 numbers["mlp", layer] = table
-        table = np.full((n_places, self.n_senders), -1)
-        for s in range(self.n_senders):
-            add(table, (self.end, s), s, self.end, "logits")
+        table = np.full((len(places), self.n_senders), -1)
+        add(table[self.end], self.end, "logits")
         numbers["logits", self.n_layers] = table
         return numbers, tuple(names)
 

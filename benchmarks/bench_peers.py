@@ -1,0 +1,407 @@
+"""EAP over all edges, side by side with other libraries: equal numbers, CPU time, peak memory.
+
+    python benchmarks/bench_peers.py --envs /tmp/peers --tl4 .venv-tl4/bin/python --write
+
+Each library runs in a process of its own, with the Python of its own environment, on one saved
+checkpoint (random weights, GPT-2 architecture, 4 layers of 8 heads, d 256) and one set of prompts:
+
+* **ours**: `score_edges(method="eap")`, recorded runs included, summed over places.
+* **split hooks**: the same by TransformerLens 3.9 with `use_split_qkv_input`, `use_attn_result` and
+  `use_hook_mlp_in`: two forward passes and a backward pass over all inputs, written out here. It is
+  what EAP-IG's repository does.
+* **TransformerLens 4.3**: `attribution_patch`, edges, one prompt at a time as it works.
+* **auto-circuit** 1.0.1: `mask_gradient_prune_scores` at mask 0, its EAP. Its environment is made
+  under ``--envs`` where it is not there (`PINS`; torch from wherever pip finds a CPU build).
+* **EAP-IG**, with ``--eap-ig PATH`` to a checkout and TransformerLens 3.9: `attribute` by EAP.
+
+Time is CPU seconds of one thread, the best of three; memory is the peak above what the process held
+with model and prompts, in the first run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+HERE = Path(__file__).resolve().parent
+PINS = (
+    "auto-circuit==1.0.1", "transformer-lens==2.18.0", "numpy==1.26.4", "pyarrow==17.0.0",
+    "datasets==3.6.0", f"torch=={torch.__version__}",
+)  # fmt: skip
+SIZE = dict(n_layers=4, n_head=8, n_embd=256, n_inner=1024, d_vocab=1000, n_ctx=64)
+N_PROMPTS, N_DEMOS, REPEATS = 16, 12, 3
+NAMES = {
+    "ours": "tv_interp",
+    "split": "split hooks, TransformerLens 3.9",
+    "tl4": "TransformerLens 4.3",
+    "auto-circuit": "auto-circuit 1.0.1",
+    "eap-ig": "EAP-IG",
+}
+
+
+# ------------------------------------------------------------------------------ what is compared
+
+
+def a_case():
+    """Make the model, as Hugging Face and TransformerLens 3.9 have it, tokenizer and prompts."""
+    sys.path.insert(0, str(HERE.parent / "tests"))
+    from random_models import hf_model, word_tokenizer, words
+
+    import tv_interp as tv
+    from tv_interp.models.convert import hooked_from_hf
+
+    hf, tokenizer = hf_model("gpt2", **SIZE), word_tokenizer(words())
+    model = hooked_from_hf(hf, tokenizer)
+    task = tv.Task.from_pairs({f"w{i}": f"w{i + 25}" for i in range(25)}, name="pairs")
+    prompts = tv.make_prompts(
+        model, task, n_demos=N_DEMOS, n_prompts=N_PROMPTS, template="{x} is {y} "
+    )
+    return hf, tokenizer, model, prompts.corrupt("answers")
+
+
+def save_case(where: Path) -> None:
+    """Write the model, in the formats that each library reads, and the prompts."""
+    hf, _, model, contrast = a_case()
+    hf.save_pretrained(where / "hf")
+    cfg = {
+        name: getattr(model.cfg, name)
+        for name in ("n_layers", "n_heads", "d_model", "d_head", "d_mlp", "d_vocab", "n_ctx",
+                     "act_fn", "normalization_type", "eps", "positional_embedding_type")
+    }  # fmt: skip
+    state = {k: v for k, v in model.state_dict().items() if not k.endswith((".mask", ".IGNORE"))}
+    torch.save((cfg, state), where / "hooked.pt")
+    plain = [contrast.clean.tokens, contrast.corrupted.tokens, contrast.answer, contrast.foil]
+    torch.save(plain, where / "prompts.pt")
+
+
+def tensors(where: Path) -> list[torch.Tensor]:
+    return torch.load(where / "prompts.pt")
+
+
+def logit_diffs(logits, answer, foil):
+    row = torch.arange(len(answer))
+    return logits[row, answer] - logits[row, foil]
+
+
+def hooked(where: Path):
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+    cfg, state = torch.load(where / "hooked.pt")
+    model = HookedTransformer(HookedTransformerConfig(**cfg, device="cpu", init_weights=False))
+    model.load_state_dict(state, strict=False)
+    return model.eval()
+
+
+# ------------------------------------------------- one function a library: what to time, its scores
+
+
+def ours(where: Path):
+    import tv_interp as tv
+
+    _, _, model, contrast = a_case()
+
+    def scores() -> dict[str, float]:
+        found: dict[str, float] = {}
+        mean = tv.score_edges(model, contrast, method="eap").mean()
+        for edge, value in zip(mean.edge.values.tolist(), mean.values.tolist(), strict=True):
+            key = "->".join(end.split("@")[0] for end in edge.split("->"))
+            found[key] = found.get(key, 0.0) + value
+        return found
+
+    return scores
+
+
+def split(where: Path):
+    clean, corrupted, answer, foil = tensors(where)
+    model = hooked(where)
+    for name in ("split_qkv_input", "attn_result"):
+        getattr(model, f"set_use_{name}")(True)
+    model.set_use_hook_mlp_in(True)
+    layers, heads = range(model.cfg.n_layers), range(model.cfg.n_heads)
+    senders = ["embed"]
+    for la in layers:
+        senders += [*(f"L{la}H{h}" for h in heads), f"L{la}.mlp"]
+
+    def read(tokens, gradients: bool):
+        kept, inputs = [], {}
+
+        def send(x, hook):
+            kept.append(x.detach() if x.ndim == 4 else x.detach()[:, :, None])
+
+        def receive(x, hook):
+            inputs[hook.name] = x
+            x.retain_grad()
+
+        outs = ["blocks.0.hook_resid_pre"]
+        for la in layers:
+            outs += [f"blocks.{la}.attn.hook_result", f"blocks.{la}.hook_mlp_out"]
+        hooks = [(name, send) for name in outs]
+        if gradients:
+            whats = ("hook_q_input", "hook_k_input", "hook_v_input", "hook_mlp_in")
+            hooks += [(f"blocks.{la}.{what}", receive) for la in layers for what in whats]
+            hooks.append((f"blocks.{layers[-1]}.hook_resid_post", receive))
+        with torch.set_grad_enabled(gradients):
+            logits = model.run_with_hooks(tokens, fwd_hooks=hooks)[:, -1]
+            if gradients:
+                logit_diffs(logits, answer, foil).sum().backward()
+        return torch.cat(kept, 2), {k: x.grad for k, x in inputs.items()}
+
+    def scores() -> dict[str, float]:
+        new, _ = read(corrupted, False)
+        old, gradients = read(clean, True)
+        change, found = (old - new) / len(clean), {}
+        for name, gradient in gradients.items():
+            la = int(name.split(".")[1])
+            what = name.rsplit("_", 2)[-2:][0]
+            n = 1 + la * (len(heads) + 1) + (len(heads) if "mlp_in" in name else 0)
+            if "resid_post" in name:
+                table, to = torch.einsum("bpsd,bpd->s", change, gradient)[:, None], ["logits"]
+            elif "mlp_in" in name:
+                some = change[:, :, :n]
+                table = torch.einsum("bpsd,bpd->s", some, gradient)[:, None]
+                to = [f"L{la}.mlp"]
+            else:
+                table = torch.einsum("bpsd,bphd->sh", change[:, :, :n], gradient)
+                to = [f"L{la}H{h}.{what}" for h in heads]
+            for i, row in enumerate(table.tolist()):
+                found |= {f"{senders[i]}->{to[j]}": value for j, value in enumerate(row)}
+        model.zero_grad()
+        return found
+
+    return scores
+
+
+def tl4(where: Path):
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformer_lens.tools.analysis import attribution_patching as theirs
+    from transformers import AutoModelForCausalLM
+
+    hf = AutoModelForCausalLM.from_pretrained(where / "hf", attn_implementation="eager").eval()
+    clean, corrupted, answer, foil = tensors(where)
+    sys.path.insert(0, str(HERE.parent / "tests"))
+    from random_models import word_tokenizer, words
+
+    from tv_interp.models.convert import bridge_from_hf
+
+    model = bridge_from_hf(hf, word_tokenizer(words()))
+    assert isinstance(model, TransformerBridge)
+    config = theirs.EdgeAttributionConfig(granularity="edge")
+    short = {"attn_head_out": "", "mlp_out": ".mlp", "mlp_in": ".mlp"}
+    short |= {f"{via}_input": f".{via}" for via in "qkv"}
+
+    def name(node) -> str:
+        if node.kind in ("embed", "logits"):
+            return node.kind
+        head = "" if node.head is None else f"H{node.head}"
+        return f"L{node.layer}{head}{short[node.kind]}"
+
+    def scores() -> dict[str, float]:
+        found: dict[str, float] = {}
+        for i in range(len(clean)):
+
+            def metric(logits, i=i):
+                last = logits.reshape(-1, logits.shape[-1])[-1]
+                return last[answer[i]] - last[foil[i]]
+
+            # theirs takes the gradient where it calls a run corrupt, so the two change places
+            result = theirs.attribution_patch(
+                model, corrupted[i : i + 1], clean[i : i + 1], metric, config
+            )
+            for (writer, reader), value in result.edge_scores.items():
+                key = f"{name(writer)}->{name(reader)}"
+                found[key] = found.get(key, 0.0) - float(value) / len(clean)
+        return found
+
+    return scores
+
+
+def auto_circuit(where: Path):
+    from auto_circuit.data import PromptDataLoader, PromptDataset
+    from auto_circuit.prune_algos.mask_gradient import mask_gradient_prune_scores
+    from auto_circuit.utils.graph_utils import patchable_model
+
+    clean, corrupted, answer, foil = tensors(where)
+    model = hooked(where)
+    model.set_use_attn_result(True)
+    model.set_use_split_qkv_input(True)
+    model.set_use_hook_mlp_in(True)
+    data = PromptDataset(list(clean), list(corrupted), list(answer[:, None]), list(foil[:, None]))
+    loader = PromptDataLoader(data, seq_len=clean.shape[1], diverge_idx=0, batch_size=len(clean))
+    patchable = patchable_model(model, factorized=True, slice_output="last_seq", separate_qkv=True)
+
+    def name(node) -> str:
+        text = node.name.replace("Resid Start", "embed").replace("Resid End", "logits")
+        if text.startswith("MLP"):
+            return f"L{text.split()[1]}.mlp"
+        if not text.startswith("A"):
+            return text
+        layer, head, *via = text[1:].split(".")
+        return f"L{layer}H{head}" + "".join(f".{v.lower()}" for v in via)
+
+    def scores() -> dict[str, float]:
+        found = mask_gradient_prune_scores(
+            patchable, loader, None, "logit", "avg_diff", mask_val=0.0
+        )
+        patchable.zero_grad()
+        # theirs is the gradient of minus the metric by how much of the edge is corrupted
+        return {
+            f"{name(e.src)}->{name(e.dest)}": float(e.prune_score(found)) for e in patchable.edges
+        }
+
+    return scores
+
+
+def eap_ig(where: Path):
+    import functools
+
+    import transformer_lens  # noqa: F401
+    from eap.attribute import attribute
+    from eap.graph import Graph
+
+    clean, corrupted, answer, foil = tensors(where)
+    model = hooked(where)
+    model.set_use_attn_result(True)
+    model.set_use_split_qkv_input(True)
+    model.set_use_hook_mlp_in(True)
+    _, tokenizer, _, _ = a_case()
+    model.set_tokenizer(tokenizer)
+    texts = [[tokenizer.decode(row[1:]) for row in side] for side in (clean, corrupted)]
+    batches = [(texts[0], texts[1], torch.stack([answer, foil], 1))]
+
+    def metric(logits, clean_logits, lengths, labels):
+        return logit_diffs(logits[:, -1], labels[:, 0], labels[:, 1]).sum()
+
+    def name(node: str) -> str:
+        text = node.replace("input", "embed")
+        if text.startswith("m"):
+            return f"L{text[1:]}.mlp"
+        if not text.startswith("a"):
+            return text
+        layer, head = text[1:].split(".h")
+        return f"L{layer}H{head}"
+
+    def scores() -> dict[str, float]:
+        graph = Graph.from_model(model)
+        attribute(model, graph, batches, functools.partial(metric), method="EAP", quiet=True)
+        found = {}
+        for edge in graph.edges.values():
+            via = "" if edge.qkv is None else f".{edge.qkv}"
+            key = f"{name(edge.parent.name)}->{name(edge.child.name)}{via}"
+            found[key] = -float(edge.score)
+        return found
+
+    return scores
+
+
+LIBRARIES = {
+    "ours": ours, "split": split, "tl4": tl4, "auto-circuit": auto_circuit, "eap-ig": eap_ig,
+}  # fmt: skip
+
+
+def run_one(library: str, where: Path) -> None:
+    """Run one library in this process, and write what it took and its scores."""
+    torch.set_num_threads(1)
+    scores = LIBRARIES[library](where)
+    before = resident()
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    seconds, found = [], {}
+    for i in range(REPEATS):
+        start = time.process_time()
+        found = scores()
+        seconds.append(time.process_time() - start)
+        if i == 0:
+            peak = resident("VmHWM") - before
+    names = sorted(found)
+    values = np.array([found[name] for name in names])
+    np.savez(where / f"{library}.npz", names=names, values=values, s=min(seconds), mb=peak)
+
+
+def resident(what: str = "VmRSS") -> float:
+    """Memory of this process in MB: now, or at its peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith(what)) / 1024
+
+
+# ------------------------------------------------------------------------------------ the command
+
+
+def environment(directory: Path) -> Path:
+    """Make auto-circuit's environment where it is not there; get its Python."""
+    python = directory / "auto-circuit" / "bin" / "python"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", directory / "auto-circuit"], check=True)
+        subprocess.run([python, "-m", "pip", "install", "-q", *PINS], check=True)
+    return python
+
+
+def table(where: Path, done: list[str]) -> str:
+    """Compare all with ours: one row a library."""
+    results = {name: np.load(where / f"{name}.npz") for name in done}
+    mine = dict(zip(results["ours"]["names"].tolist(), results["ours"]["values"], strict=True))
+    lines = [
+        "| library | edges | largest difference | largest score | CPU s | of ours | MB | of ours |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, found in results.items():
+        theirs = dict(zip(found["names"].tolist(), found["values"], strict=True))
+        both = sorted(set(mine) & set(theirs))
+        assert len(both) == len(mine), f"{name} has no edge {sorted(set(mine) - set(theirs))[:3]}"
+        apart = max(abs(mine[e] - theirs[e]) for e in both)
+        cost = [float(found[k] / results["ours"][k]) for k in ("s", "mb")]
+        lines.append(
+            f"| {NAMES[name]} | {len(both)} | {apart:.0e} | {max(map(abs, theirs.values())):.2f} | "
+            f"{float(found['s']):.2f} | {cost[0]:.1f} | {float(found['mb']):.0f} | {cost[1]:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--envs", type=Path, help="directory of environments; makes auto-circuit's")
+    parser.add_argument("--tl4", type=Path, help="Python with TransformerLens 4.3")
+    parser.add_argument("--eap-ig", type=Path, help="checkout of EAP-IG")
+    parser.add_argument("--write", action="store_true", help="remake the table of README.md")
+    parser.add_argument("--one", nargs=2, metavar=("LIBRARY", "DIRECTORY"), help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.one:
+        return run_one(given.one[0], Path(given.one[1]))
+    pythons: dict[str, Path] = {"ours": Path(sys.executable), "split": Path(sys.executable)}
+    if given.tl4:
+        pythons["tl4"] = given.tl4
+    if given.envs:
+        pythons["auto-circuit"] = environment(given.envs)
+    if given.eap_ig:
+        pythons["eap-ig"] = Path(sys.executable)
+    from harness import provenance, write_section
+
+    where = Path(tempfile.mkdtemp())
+    save_case(where)
+    about, done = provenance(), []
+    for name, python in pythons.items():
+        path = [str(HERE.parent), *([str(given.eap_ig)] if name == "eap-ig" else [])]
+        if name == "auto-circuit":
+            path = []  # its environment does not have what tv_interp needs
+        command = [python, Path(__file__).resolve(), "--one", name, where]
+        outcome = subprocess.run(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(path)})
+        if outcome.returncode:
+            print(f"{NAMES[name]} did not run", file=sys.stderr)
+        else:
+            done.append(name)
+    text = f"{N_PROMPTS} prompts of {1 + 3 * N_DEMOS + 2} tokens. {about}\n\n{table(where, done)}"
+    print(text)
+    if given.write:
+        write_section("bench_peers.py", text)
+
+
+if __name__ == "__main__":
+    main()
