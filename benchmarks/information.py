@@ -21,7 +21,7 @@ from tv_interp.sweep.failures import OUTCOMES, explain_failures, measure_pair
 
 HERE = Path(__file__).parent
 MODELS = ("reference", "reference-natural", "reference-long", "reference-words")
-TASKS = ("country-capital", "digit", "letter-next")
+TASKS = ("country-capital", "digit", "letter-next", "country-continent")
 
 
 def measure(out: Path, models: list[str], n_prompts: int) -> None:
