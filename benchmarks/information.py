@@ -20,7 +20,7 @@ from tv_interp.files import read_rows, write_rows
 from tv_interp.sweep.failures import OUTCOMES, explain_failures, measure_pair
 
 HERE = Path(__file__).parent
-MODELS = ("reference", "reference-natural", "reference-long", "reference-words")
+MODELS = ("reference", "reference-natural", "reference-wired", "reference-words")
 TASKS = ("country-capital", "digit", "letter-next", "country-continent")
 
 

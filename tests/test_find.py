@@ -9,6 +9,7 @@ import pytest
 
 import tv_interp as tv
 from tv_interp.analysis.find import control_sets, split_prompts
+from tv_interp.errors import PromptError
 from tv_interp.models import planted
 
 
@@ -131,3 +132,26 @@ def test_control_sets_match_layers_and_leave_found_heads_out():
     assert all([h[0] for h in s] == [0, 2] for s in sets)
     assert not any({(0, 0), (2, 1), (1, 1)} & set(s) for s in sets)
     assert control_sets([(0, 0)] * 9, everything, set(everything[:6]), seed=0) == []
+
+
+def test_a_default_corruption_that_fits_no_prompt_is_left_out_and_told():
+    model = tv.load_model("reference")
+    found = tv.find_heads(model, "simple-string", n_demos=4, n_prompts=8)
+    assert found.settings["corruptions"] == ["labels", "answers"]
+    assert any("left out: corruption 'inputs' fits none" in note for note in found.notes)
+    with pytest.raises(PromptError, match="'inputs' fits none"):
+        tv.find_heads(model, "simple-string", n_prompts=8, corruptions=("labels", "inputs"))
+
+
+def test_the_heads_that_write_what_they_read_at_the_input_are_found_by_default():
+    """In the reference model no head was planted, and those heads show under ``inputs`` alone."""
+    found = tv.find_heads(tv.load_model("reference"), "country-capital", n_prompts=24)
+    (joint,) = (
+        j
+        for j in found.joint
+        if j.effect.corruption == "inputs"
+        and j.effect.direction == "denoise"
+        and j.label == "writer"
+    )
+    hidden = {e.recovered for h in found.writers for e in h.effects if e.corruption == "task"}
+    assert joint.effect.recovered > 0.9 and max(hidden) < 0.1

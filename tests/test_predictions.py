@@ -295,8 +295,8 @@ def test_vectors_of_the_same_prompt_in_every_place_change_nothing():
 
 def test_many_vectors_are_those_of_the_last_demonstrations_at_the_layer_chosen_on_dev():
     settings = {"n_demos": 4, "n_prompts": 16, "seed": 0}
-    found = inject_many_vectors(reference(), "number-next", at="answer", shots=2, **settings)
-    half = split_prompts(reference(), tv.get_task("number-next"), **settings)[1]
+    found = inject_many_vectors(reference(), "digit", at="answer", shots=2, **settings)
+    half = split_prompts(reference(), tv.get_task("digit"), **settings)[1]
     donors = take_vectors(reference(), half, at="answer", seed=10)
     few = donors.clean.keep_demos([2, 3])
     assert few.query == found.clusters

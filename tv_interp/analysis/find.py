@@ -256,7 +256,8 @@ def find_heads(
         n_demos: Demonstrations in each prompt.
         n_prompts: Prompts in each of the two splits.
         seed: Decides prompts, split, corruptions and resamples.
-        corruptions: At least two; None for the task family's defaults.
+        corruptions: At least two; None for the task family's defaults, without those that fit no
+            prompt (which a note says).
         template: As in `make_prompts`.
         metric: Name of a metric; one that has a total.
         fdr: False discovery rate over heads x roles x corruptions x directions.
@@ -287,7 +288,10 @@ def find_heads(
     halves = split_prompts(
         model, task, n_demos=n_demos, n_prompts=n_prompts, seed=seed, template=template
     )
-    search = _Search(model, halves, kinds, seed, metric, fdr, min_recovered, progress)
+    notes: list[str] = []
+    if corruptions is None:
+        kinds, notes = _fitting(halves, kinds, seed)
+    search = _Search(model, halves, kinds, seed, metric, fdr, min_recovered, progress, notes)
     labels = search.label()
     found = {
         at: [h for h, label in labels.items() if ROLES[label[0]] == at] for at in ROLES.values()
@@ -393,6 +397,27 @@ def _halve(labels: Sequence[str], rng: np.random.Generator) -> list[int]:
     return [side[label] for label in labels]
 
 
+def _fitting(
+    halves: Sequence[Prompts], kinds: Sequence[str], seed: int
+) -> tuple[tuple[str, ...], list[str]]:
+    """Leave out the corruptions that fit none of the prompts, and say so; two must remain."""
+    fitting, refused = [], []
+    for kind in kinds:
+        try:
+            for half, prompts in enumerate(halves):
+                prompts.corrupt(kind, seed=_corruption_seed(seed, half))
+            fitting.append(kind)
+        except PromptError as error:
+            if len(kinds) - len(refused) <= 2:
+                raise
+            refused.append(f"left out: {error}")
+    return tuple(fitting), refused
+
+
+def _corruption_seed(seed: int, half: int) -> int:
+    return seed + 1 + half
+
+
 class _Search:
     """The state of one search: two halves, their recorded runs, and what was measured on them."""
 
@@ -406,16 +431,17 @@ class _Search:
         fdr: float,
         min_recovered: float,
         progress: bool,
+        notes: Iterable[str] = (),
     ) -> None:
         self.model, self.seed, self.metric = model, seed, metric
         self.fdr, self.min_recovered, self.progress = fdr, min_recovered, progress
-        self.notes: list[str] = []
+        self.notes = list(notes)
         self._intervals: dict[tuple[str, Direction, str], Any] = {}
         self.contrasts: dict[tuple[str, int], Contrast] = {}
         self.recorded: dict[tuple[str, int], Recorded] = {}
         self.effects: dict[tuple[str, int, Direction, str], Scores] = {}
         for kind, half in itertools.product(kinds, (0, 1)):
-            contrast = halves[half].corrupt(kind, seed=seed + 1 + half)
+            contrast = halves[half].corrupt(kind, seed=_corruption_seed(seed, half))
             self.contrasts[kind, half] = contrast
             self.recorded[kind, half] = record(model, contrast)
             for direction, at in itertools.product(DIRECTIONS, ("answer", "query_is")):

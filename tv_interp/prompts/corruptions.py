@@ -41,10 +41,16 @@ class Words:
 
 
 def default_corruptions(task: Task) -> tuple[str, ...]:
-    """Name the corruptions that `find_heads` uses for a task, by its family."""
+    """Name the corruptions that `find_heads` uses for a task, by its family.
+
+    ``"inputs"`` is always among them: a head that writes what it read at the input has the same
+    output in both runs of any other.
+    """
     if task.family in ("knowledge", "bijection"):
-        return ("task" if task.partner else "answers", "random_answers")
-    return ("labels", "answers") if task.family == "categorization" else ("answers", "inputs")
+        return ("task" if task.partner else "answers", "random_answers", "inputs")
+    if task.family == "categorization":
+        return ("labels", "answers", "inputs")
+    return ("answers", "inputs")
 
 
 def check_corruption(kind: str, task: Task, other: Task | None) -> None:
