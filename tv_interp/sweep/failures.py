@@ -46,7 +46,8 @@ def measure_pair(
 
     Returns:
         Plain values: ``model``, ``task``, ``family``, ``few_shot``; the keys of `OUTCOMES`, None
-        where there is nothing to share; features named ``map: ...`` (largest share of its total
+        where there is nothing to share (``writers`` and ``readers``: the joint effect of all found
+        heads, denoising, under the corruption where it is largest); features named ``map: ...`` (largest share of its total
         that a role holds over layers, or the relative depth where ``query_is`` first holds half of
         the answer) and ``writers: ...``, ``readers: ...`` (gap to the controls).
 
@@ -62,10 +63,13 @@ def measure_pair(
     row |= {"family": task.family, "other": found_map.settings["other"]}
     row |= _vectors(model, task, n_demos, n_prompts, seed)
     report = tv.find_heads(model, task, n_demos=n_demos, n_prompts=n_prompts, seed=seed)
-    joint = {j.label: j.effect for j in reversed(report.joint) if j.effect.direction == "denoise"}
     for label in ("writer", "reader"):
-        effect = joint.get(label)
-        row[f"{label}s"] = None if effect is None else _number(effect.recovered)
+        shares = [
+            j.effect.recovered
+            for j in report.joint
+            if j.label == label and j.effect.direction == "denoise"
+        ]
+        row[f"{label}s"] = _number(max(shares)) if shares else None
     row |= {f"n_{name}": len(getattr(report, name)) for name in ("writers", "readers", "relays")}
     row |= _features(found_map)
     kind = str(report.settings["corruptions"][0])
