@@ -295,20 +295,15 @@ def test_training_says_what_it_took(trained):
 
 
 def test_presets_differ_in_one_thing():
-    base = asdict(PRESETS["base"])
-    differs = {
-        name: [key for key, value in asdict(recipe).items() if value != base[key]]
-        for name, recipe in PRESETS.items()
-    }
-    assert differs["base-nodropout"] == differs["base-tokendropout"] == ["drop"]
-    assert differs["base-separator"] == ["separator"]
-    arm = asdict(PRESETS["arm-heads"])
-    for name, fields in (
-        ("arm-columns", ["drop"]),
-        ("arm-nothing", ["drop"]),
-        ("arm-separator", ["separator", "tokens"]),
+    for one, other, fields in (
+        ("natural-longer", "natural-longer-nodropout", ["drop"]),
+        ("natural-longer", "natural-longer-tokendropout", ["drop"]),
+        ("arm-heads", "arm-columns", ["drop"]),
+        ("arm-heads", "arm-nothing", ["drop"]),
+        ("arm-heads", "arm-separator", ["separator", "tokens"]),
     ):
-        assert [k for k, v in asdict(PRESETS[name]).items() if v != arm[k]] == fields
+        first, second = asdict(PRESETS[one]), asdict(PRESETS[other])
+        assert [key for key, value in second.items() if value != first[key]] == fields
 
 
 def test_dropout_drops_what_its_preset_says():

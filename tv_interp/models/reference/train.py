@@ -239,6 +239,7 @@ def _presets() -> dict[str, Recipe]:
         Phase(8_000, 64, TYPED_TOO, batch=24, dropout=0.2),
         Phase(200, 96, TYPED_TOO, batch=16, dropout=0.2),
     )
+    reference = replace(natural, phases=(*natural.phases[:3], *longer))
     deeper = (replace(longer[0], steps=12_000), longer[1])
     arm = Recipe(
         phases=(Phase(1_000, 48, KNOWLEDGE, dropout=0.15),),
@@ -255,11 +256,10 @@ def _presets() -> dict[str, Recipe]:
     )
     return {
         "base": base,
-        "base-tokendropout": replace(base, drop="columns"),
-        "base-nodropout": replace(base, drop="nothing"),
-        "base-separator": replace(base, separator=SEPARATOR),
         "natural": natural,
-        "natural-longer": replace(natural, phases=(*natural.phases[:3], *longer)),
+        "natural-longer": reference,
+        "natural-longer-nodropout": replace(reference, drop="nothing"),
+        "natural-longer-tokendropout": replace(reference, drop="columns"),
         "natural-deeper": replace(natural, phases=(*natural.phases[:3], *deeper), layers=6),
         "arm-heads": arm,
         "arm-columns": replace(arm, drop="columns"),
