@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import html
+import itertools
 import json
+import math
 import os
 import re
 import urllib.request
@@ -17,9 +19,10 @@ import pytest
 import xarray as xr
 from markupsafe import escape
 
-from tv_interp.analysis.circuits import discover_circuit
+from tv_interp.analysis.circuits import Circuit, discover_circuit
 from tv_interp.analysis.faithfulness import CircuitReport, evaluate_circuit
 from tv_interp.analysis.find import HeadReport, find_heads
+from tv_interp.analysis.graph import RoleGraph
 from tv_interp.analysis.heads import patch_heads
 from tv_interp.errors import FileError, ScoreError, TvInterpError, UnknownName
 from tv_interp.models import planted
@@ -635,6 +638,94 @@ def test_pointing_at_a_cell_tells_its_interval(browser, tmp_path):
     wanted = [float(ci[k][0, 0]) for k in ("value", "lo", "hi")]
     assert [float(n) for n in numbers] == pytest.approx(wanted, rel=1e-3)
     page.close()
+
+
+def crowded_circuit() -> Circuit:
+    """All roles, and as many heads at one of them as a row, two rows and six rows can hold."""
+    places = ("bos", "x", "is", "answer", "end", "query_x", "query_is", "other")
+    sees = frozenset(itertools.product(places, places))
+    graph = RoleGraph(3, 12, True, "serial", places, sees)
+    edges = {f"L1H{h}@query_is->logits": 0.5 + h / 10 for h in range(12)}
+    edges |= {f"L0H{h}@answer->L1H{h}.k@query_is": 0.3 for h in range(12)}
+    edges |= {f"L0H{h}@end->L1H{h}.v@query_is": -0.3 for h in range(11)}
+    edges |= {f"L0H{h}@{p}->L1.mlp@query_is": 0.2 for p in places[-2:-1] for h in (0, 11)}
+    edges |= {f"L0H{h}@{p}->L1H0.k@query_is": 0.2 for p in places[:3] for h in (0, 5, 11)}
+    edges |= {f"L0H{h}@{p}->L1H0.k@query_is": 0.2 for p in ("query_x",) for h in (0, 11)}
+    edges |= {f"L0H{h}@other->L1H0.k@other": 0.2 for h in (10, 11)}
+    return Circuit(graph, edges, {})
+
+
+HEADS = """() => [...document.querySelectorAll('.tv-plot')].map(plot => {
+  const box = e => {
+    const b = e.getBoundingClientRect();
+    return [b.left, b.top, b.right, b.bottom];
+  };
+  const traces = [...plot.querySelectorAll('.scatterlayer .trace')];
+  const heads = traces.find(t => t.querySelector('text'));
+  return {
+    labels: [...heads.querySelectorAll('text')].map(t => ({text: t.textContent, box: box(t),
+      size: parseFloat(getComputedStyle(t).fontSize), ink: getComputedStyle(t).fill})),
+    circles: [...heads.querySelectorAll('.point')].map(p => ({box: box(p),
+      ground: getComputedStyle(p).fill})),
+    nodes: [...plot.querySelectorAll('.scatterlayer .point')].map(box),
+    frame: box(plot.querySelector('.main-svg'))};
+})"""
+
+
+def inside(inner, outer, slack: float = 0.0) -> bool:
+    left, top = inner[0] >= outer[0] - slack, inner[1] >= outer[1] - slack
+    return left and top and inner[2] <= outer[2] + slack and inner[3] <= outer[3] + slack
+
+
+def apart(one, other, slack: float) -> bool:
+    """Whether two circles, or what stands for them, overlap by less than some pixels."""
+    (x, y), (u, v) = (((b[0] + b[2]) / 2, (b[1] + b[3]) / 2) for b in (one, other))
+    return math.hypot(x - u, y - v) >= (one[2] - one[0] + other[2] - other[0]) / 2 - slack
+
+
+@pytest.mark.browser
+def test_every_head_of_a_circuit_has_its_number_in_a_circle_of_its_own(browser, tmp_path):
+    style = re.search(
+        r"<style>.*?</style>", plots.read_asset("tv_interp.show", "base.html.j2"), re.S
+    )
+    assert style is not None
+    circuits = crowded_circuit(), circuit_report().circuit
+    page, said, asked = watched(browser, 400, "dark")
+    page.set_content(
+        f"<!doctype html>{style[0]}<body>{plots.plotly_script()}"
+        + "".join(plots.fragment(c.plot(title=""), f"c-{i}") for i, c in enumerate(circuits))
+    )
+    page.wait_for_function("document.querySelectorAll('.tv-plot .textpoint').length > 40")
+    for width, scheme in ((400, "dark"), (1400, "light"), (400, "light"), (1400, "dark")):
+        page.emulate_media(color_scheme=scheme)
+        page.set_viewport_size({"width": width, "height": 900})
+        page.wait_for_timeout(500)
+        page.screenshot(path=tmp_path / f"{width}-{scheme}.png", full_page=True)
+        for circuit, drawn in zip(circuits, page.evaluate(HEADS), strict=True):
+            names = [re.search(r"H(\d+)@", node) for node in circuit.nodes]
+            assert sorted(d["text"] for d in drawn["labels"]) == sorted(n[1] for n in names if n)
+            for label, circle in zip(drawn["labels"], drawn["circles"], strict=True):
+                assert inside(label["box"], circle["box"], slack=1) and label["size"] >= 10
+                assert inside(circle["box"], drawn["frame"])
+                assert (
+                    label["ink"] == "rgb(34, 34, 34)" and circle["ground"] == "rgb(255, 255, 255)"
+                )
+            for one, other in itertools.combinations(drawn["nodes"], 2):
+                assert apart(one, other, slack=1.5), "their borders may touch"
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert said == [] and asked == []
+    page.context.close()
+
+
+def test_a_circuit_too_wide_for_a_small_screen_scrolls_and_stays_legible():
+    places = tuple(f"answer[{i}]" for i in range(20)) + ("query_is",)
+    graph = RoleGraph(1, 4, False, "serial", places, frozenset((p, "query_is") for p in places))
+    edges = {f"embed@{p}->L0H{h}.k@query_is": 1.0 for p in places for h in range(4)}
+    circuit = Circuit(graph, edges | {f"L0H{h}@query_is->logits": 1.0 for h in range(4)}, {})
+    text = plots.fragment(circuit.plot(top=None), "wide")
+    least = re.match(r'<div class="scroll".*?min-width:(\d+)px', text)
+    assert least is not None and 21 * 2 * 17 < int(least[1]) < 1000
+    assert "scroll" not in plots.fragment(scores(layer=2, head=2).plot(), "plain")
 
 
 @pytest.mark.browser

@@ -476,16 +476,19 @@ def fragment(figure: go.Figure, name: str) -> str:
     arguments = ",".join(
         script_json(part) for part in (name, parts["data"], parts["layout"], CONFIG)
     )
-    return (
-        f'<div id="{name}" class="tv-plot" style="height:{int(height)}px">'
-        "<noscript>This figure needs JavaScript.</noscript></div>\n"
-        f"<script>Plotly.newPlot({arguments}){_on_click(parts['layout'])};</script>\n"
+    least = (parts["layout"].get("meta") or {}).get("min_width", 0)
+    box = (
+        f'<div id="{name}" class="tv-plot" style="height:{int(height)}px;min-width:{int(least)}px">'
+        "<noscript>This figure needs JavaScript.</noscript></div>"
     )
+    if least:  # narrower, it would be illegible
+        box = f'<div class="scroll" style="overflow-x:auto">{box}</div>'
+    return f"{box}\n<script>Plotly.newPlot({arguments}){_on_click(parts['layout'])};</script>\n"
 
 
 def _on_click(layout: Mapping[str, Any]) -> str:
     """Let a click on a part of a circuit fade all that is on no path through it."""
-    if "paths" not in layout.get("meta", {}):
+    if "paths" not in (layout.get("meta") or {}):
         return ""
     return (
         ".then(plot=>{"
