@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
     from ..analysis.comparison import VectorReport
+    from ..analysis.features import Geometry
     from ..analysis.find import Effect, FoundHead, HeadReport
     from ..analysis.information import InformationMap
     from ..scores import Scores
@@ -458,6 +459,79 @@ def plot_vectors(
     return figure.update_layout(
         legend=legend, margin={"b": 130}, height=figure.to_dict()["layout"]["height"] + 70
     )
+
+
+def plot_geometry(found: Geometry, *, title: str | None = None) -> go.Figure:
+    """Draw what states at answers hold by layer, and whether it is used.
+
+    Args:
+        found: From `measure_geometry`.
+        title: Title; None for task and model.
+
+    Returns:
+        Three panels over layers: the share of variance of each feature, the Mahalanobis distance
+        between its levels with a 95 % interval by jackknife, and the metric with a feature taken
+        out from that layer on. Controls are grey: shuffled levels, random subspaces, and dotted the
+        run as it is.
+    """
+    import xarray as xr
+
+    from ..scores.statistics import jackknife
+
+    s = found.settings
+    left = found.blocks.transpose("part", *found.distance.dims).values
+    ends = [jackknife(0.0, parts)[2] for parts in left.reshape(len(left), -1).T.tolist()]
+    reach = found.distance.copy(data=np.reshape(ends, found.distance.shape))
+    panels: list[tuple[str, str, xr.Dataset]] = [
+        ("share of the variance of means", "share", xr.Dataset({"value": found.shares})),
+        ("distance between levels", "Mahalanobis distance", xr.Dataset(
+            {"value": found.distance, "lo": found.distance - reach, "hi": found.distance + reach})),
+        ("taken out from a layer on", str(s["metric"]), found.ablated.ci("mean")),
+    ]  # fmt: skip
+    chosen = [s["abstract"], s["concrete"], "both", f"{s['abstract']}:{s['concrete']}"]
+    sheet = _Sheet(len(panels), 1, 190)
+    listed: set[str] = set()
+    for row, (name, unit, table) in enumerate(panels):
+        last = table.sizes["layer"] - 1
+        x, y = sheet.panel(
+            row, 0, name,
+            {"title": {"text": "layer" if row == len(panels) - 1 else ""}, "tickmode": "linear",
+             "tick0": 0, "dtick": math.ceil((last + 1) / 14), "range": [-0.3, last + 0.3]},
+            {"title": {"text": _text(unit)}, "rangemode": "tozero"},
+        )  # fmt: skip
+        (other,) = set(table["value"].dims) - {"layer"}
+        for key in sorted(table[other].values, key=lambda key: key in chosen):  # controls below
+            part = table.sel({other: key})
+            at = chosen.index(key) if key in chosen else None
+            value = _numbers(part["value"].values)
+            color = "#222" if key == "none" else "#999999" if at is None else COLORS[at]
+            group = "as it is" if key == "none" else "controls" if at is None else str(key)
+            trace: dict[str, Any] = {
+                "type": "scatter", "mode": "lines+markers", "xaxis": x, "yaxis": y,
+                "x": part["layer"].values.tolist(), "y": value, "name": _text(group),
+                "legendgroup": group, "showlegend": group not in listed,
+                "line": {"color": color, "width": 1 if at is None else 2,
+                         "dash": "dot" if at is None else DASHES[at]},
+                "marker": {"symbol": SYMBOLS[at or 0], "size": 4 if at is None else 8},
+                "hovertemplate": f"{_text(key)}, layer %{{x}}: %{{y:.3g}}<extra></extra>",
+            }  # fmt: skip
+            if "lo" in part:
+                lo, hi = (_numbers(part[k].values) for k in ("lo", "hi"))
+                trace["customdata"] = [list(pair) for pair in zip(lo, hi, strict=True)]
+                trace["hovertemplate"] = trace["hovertemplate"].replace(
+                    "<extra>", " [%{customdata[0]:.3g}, %{customdata[1]:.3g}]<extra>"
+                )
+                if at is not None:
+                    trace["error_y"] = _errors(value, lo, hi)
+            listed.add(group)
+            sheet.traces.append(trace)
+    if title is None:
+        title = f"{s['abstract']} and {s['concrete']} at answers, {s['task']} on {s['model']}"
+    figure = sheet.figure(title)
+    plot = len(panels) * (sheet.height + _BETWEEN) - _BETWEEN
+    legend = {"orientation": "h", "x": 0, "y": round(-50 / plot, 4), "yanchor": "top"}
+    height = figure.to_dict()["layout"]["height"] + 60
+    return figure.update_layout(legend=legend, margin={"b": 120}, height=height)
 
 
 def fragment(figure: go.Figure, name: str) -> str:

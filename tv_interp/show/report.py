@@ -26,7 +26,7 @@ from ..display import readable, tokens_html
 from ..errors import PromptError, TvInterpError
 from ..files import write_text
 from ..interventions.sites import Patch, Site, Variant
-from ..models.adapter import Adapter
+from ..models.adapter import Adapter, HookName
 from ..prompts import Prompts
 from ..scores import Scores
 from . import plots, views
@@ -475,7 +475,9 @@ def _attention(report: HeadReport) -> dict[str, Any] | None:
         return None
     adapter = Adapter.of(report.model)
     layers = sorted({h.site.layer for h in heads})
-    _, seen = adapter.read(prompts.tokens[row : row + 1, :n], [("pattern", i) for i in layers])
+    last: HookName = ("resid_post", adapter.n_layers - 1)
+    reads = [last, *(("pattern", i) for i in layers)]
+    _, seen = adapter.read(prompts.tokens[row : row + 1, :n], reads)
     pieces, roles = prompts.pieces(row), prompts.roles_of(row)
     shown = heads[: max(1, views.MAX_CELLS // (n * n))]
     pattern = {h.site: seen["pattern", h.site.layer][0, h.site.head].float().cpu() for h in heads}
@@ -505,7 +507,19 @@ def _attention(report: HeadReport) -> dict[str, Any] | None:
                 ),
             }
         )
-    return {"view": Markup(view.html), "looks": looks, "row": row, "text": prompts.texts[row]}
+    predicted = views.logits_view(
+        [*prompts.tokens[row, :n].tolist(), int(prompts.answer[row])],
+        adapter.logits(seen[last])[0],
+        lambda token: f" {prompts.tokenizer.decode([token]).strip()} ",
+        name="predicted",
+    )
+    return {
+        "view": Markup(view.html),
+        "looks": looks,
+        "predicted": Markup(predicted.html),
+        "row": row,
+        "text": prompts.texts[row],
+    }
 
 
 def _examples(prompts: Prompts) -> list[Any]:
