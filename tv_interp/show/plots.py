@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "cross")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot", "solid")
+PLAIN = "#777777"
+"""Runs as they are: seen on light and on dark ground."""
 CONFIG = {"responsive": True, "displaylogo": False, "showSendToCloud": False}
 _BETWEEN = 100  # pixels between the rows of a sheet: axis title above, panel title below
 LETTERS = {"writer": "W", "copier": "C", "reader": "R", "relay": "L"}
@@ -242,7 +244,7 @@ def draw_heads(
     sheet = _Sheet(len(rows), len(cols), height)
     for (kind, way, role), table in tables.items():
         row, col = rows.index((kind, way)), cols.index(role)
-        name = f"{names.get(role, role)}: {kind}, {way}" if len(rows) * len(cols) > 1 else ""
+        name = f"{names.get(role, role)}:\n{kind}, {way}" if len(rows) * len(cols) > 1 else ""
         letters = np.full(table["value"].shape, "", dtype=object)
         x, y = sheet.panel(row, col, name, *_plane_axes(table, ("layer", "head")))
         for head in (h for h in report.found if h.site.role == role):
@@ -420,7 +422,7 @@ def plot_vectors(
                 label,
                 {
                     "mode": "lines", "x": [-0.3, last + 0.3], "y": [level, level],
-                    "line": {"color": "#222", "width": 1, "dash": dash},
+                    "line": {"color": PLAIN, "width": 1.5, "dash": dash},
                     "hovertemplate": f"{name}: %{{y:.3f}}<extra></extra>",
                 },
             )  # fmt: skip
@@ -455,7 +457,7 @@ def plot_vectors(
                     },
                 )  # fmt: skip
     figure = sheet.figure(title)
-    legend = {"orientation": "h", "x": 0, "y": -0.2, "yanchor": "top"}  # two rows, below the axes
+    legend = {"orientation": "h", "x": 0, "y": -0.22, "yanchor": "top"}  # two rows, below the axes
     return figure.update_layout(
         legend=legend, margin={"b": 130}, height=figure.to_dict()["layout"]["height"] + 70
     )
@@ -489,7 +491,7 @@ def plot_geometry(found: Geometry, *, title: str | None = None) -> go.Figure:
         ("taken out from a layer on", str(s["metric"]), found.ablated.ci("mean")),
     ]  # fmt: skip
     chosen = [s["abstract"], s["concrete"], "both", f"{s['abstract']}:{s['concrete']}"]
-    sheet = _Sheet(len(panels), 1, 190)
+    sheet = _Sheet(len(panels), 1, 190, legend=True)
     listed: set[str] = set()
     for row, (name, unit, table) in enumerate(panels):
         last = table.sizes["layer"] - 1
@@ -504,7 +506,7 @@ def plot_geometry(found: Geometry, *, title: str | None = None) -> go.Figure:
             part = table.sel({other: key})
             at = chosen.index(key) if key in chosen else None
             value = _numbers(part["value"].values)
-            color = "#222" if key == "none" else "#999999" if at is None else COLORS[at]
+            color = PLAIN if key == "none" else "#999999" if at is None else COLORS[at]
             group = "as it is" if key == "none" else "controls" if at is None else str(key)
             trace: dict[str, Any] = {
                 "type": "scatter", "mode": "lines+markers", "xaxis": x, "yaxis": y,
@@ -527,11 +529,7 @@ def plot_geometry(found: Geometry, *, title: str | None = None) -> go.Figure:
             sheet.traces.append(trace)
     if title is None:
         title = f"{s['abstract']} and {s['concrete']} at answers, {s['task']} on {s['model']}"
-    figure = sheet.figure(title)
-    plot = len(panels) * (sheet.height + _BETWEEN) - _BETWEEN
-    legend = {"orientation": "h", "x": 0, "y": round(-50 / plot, 4), "yanchor": "top"}
-    height = figure.to_dict()["layout"]["height"] + 60
-    return figure.update_layout(legend=legend, margin={"b": 120}, height=height)
+    return sheet.figure(title)
 
 
 def fragment(figure: go.Figure, name: str) -> str:
@@ -622,6 +620,8 @@ def _planes(
     rest = [str(d) for d in table["value"].dims if d not in plane]
     panels = [{rest[0]: v} for v in table[rest[0]].values] if rest else [{}]
     sheet = _Sheet(1, len(panels), _plane_height(table.sizes[plane[0]]))
+    if max(len(str(v)) for v in table[plane[1]].values) > 8:
+        sheet.below = 60  # turned where there is little room
     limit = _limit([table])
     for i, panel in enumerate(panels):
         part = table.sel(panel).transpose(*plane)
@@ -629,7 +629,10 @@ def _planes(
         if marked is not None:
             text = np.where(marked.sel(panel).transpose(*plane).values, "•", "")
         name = f"{rest[0]} {panel[rest[0]]}" if len(panels) > 1 else ""
-        x, y = sheet.panel(0, i, name, *_plane_axes(part, plane))
+        axes = _plane_axes(part, plane)
+        if i:  # it would stand on the panel before
+            axes[1]["title"] = {"text": ""}
+        x, y = sheet.panel(0, i, name, *axes)
         trace = _heatmap(part, plane, unit, text, limit, scale=i == len(panels) - 1)
         sheet.traces.append(trace | {"xaxis": x, "yaxis": y})
     return sheet
@@ -764,6 +767,7 @@ class _Sheet:
         self.shapes: list[dict] = []
         self.axes: dict[str, dict] = {}
         self.titles: list[dict] = []
+        self.below = 0  # pixels for long labels of the last row
 
     def panel(self, row: int, col: int, title: str, x: dict, y: dict) -> tuple[str, str]:
         """Add a panel, row 0 at the top; returns the names of its axes."""
@@ -788,7 +792,8 @@ class _Sheet:
         if title:
             self.titles.append(
                 {
-                    "text": _text(title), "showarrow": False, "xref": "paper", "yref": "paper",
+                    "text": _text(title).replace("\n", "<br>"), "align": "left",
+                    "showarrow": False, "xref": "paper", "yref": "paper",
                     "x": round(domains[0][0], 6), "y": round(top, 6), "xanchor": "left",
                     "yanchor": "bottom", "font": {"size": 13},
                 }
@@ -799,14 +804,16 @@ class _Sheet:
         """Make the figure: no fixed width, and no button that sends data away."""
         import plotly.graph_objects as go
 
-        heading = textwrap.wrap(_text(title), 72)
-        top = 14 + 20 * len(heading) + 34 * self.legend + 24 * bool(self.titles)
+        heading = textwrap.wrap(_text(title), 50)  # what a screen of 400 pixels holds
+        lines = max((1 + each["text"].count("<br>") for each in self.titles), default=0)
+        top = 14 + 20 * len(heading) + 6 * bool(lines) + 18 * lines
         plot = self.rows * (self.height + _BETWEEN) - _BETWEEN
+        below = 60 + 40 * self.legend + self.below
         layout = {
             "template": "none",
             "autosize": True,
-            "height": top + 60 + plot,
-            "margin": {"l": 60, "r": 20, "t": top, "b": 60},
+            "height": top + below + plot,
+            "margin": {"l": 60, "r": 20, "t": top, "b": below},
             "title": {
                 "text": "<br>".join(heading), "font": {"size": 14}, "x": 0.01, "y": 1,
                 "yref": "container", "yanchor": "top",
@@ -814,8 +821,8 @@ class _Sheet:
             },
             "font": {"family": "system-ui, sans-serif", "size": 12, "color": "#222"},
             "legend": {
-                "orientation": "h", "yanchor": "bottom", "x": 0,
-                "y": round(1 + (4 + 20 * bool(self.titles)) / plot, 6),
+                "orientation": "h", "yanchor": "top", "x": 0,
+                "y": round(-(64 + self.below) / plot, 6),
             },
             "modebar": {"remove": ["sendChartToCloud", "select2d", "lasso2d"]},
             "paper_bgcolor": "rgba(255,255,255,0)",

@@ -173,7 +173,8 @@ def logits_view(
         lambda token: html.escape(readable(to_string(token))),
         top_k=top,
     )
-    return _view(figure, name)
+    # the component leaves 350 pixels for its list, whatever is in it
+    return _view(figure, name, f"#{{}}>div{{{{padding-bottom:{110 + 25 * top}px !important}}}}")
 
 
 def bundle_script() -> str:
@@ -188,7 +189,7 @@ def bundle_script() -> str:
     )
 
 
-def _view(figure: Any, name: str | None) -> View:
+def _view(figure: Any, name: str | None, style: str = "") -> View:
     """Take component and data out of what circuitsvis made, and leave everything else."""
     match = _CALL.search(figure.cdn_src)
     try:
@@ -209,7 +210,7 @@ def _view(figure: Any, name: str | None) -> View:
     return View(
         # the enlarged head would else be as small as its labels leave it
         f'<style>#{name} div[style*="min("]{{width:100% !important;max-width:640px !important}}'
-        "</style>\n"
+        f"{style.format(name)}</style>\n"
         f'<div id="{name}" class="tv-view" style="max-width:760px">This figure needs JavaScript.'
         "</div>\n"
         "<script>(function(){var n=0;(function go(){"
@@ -258,7 +259,15 @@ def _attention_heatmap(
     figure = sheet.figure("")
     figure.layout.margin.t = 60
     figure.layout.updatemenus = [
-        {"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"}
+        {
+            "buttons": buttons,
+            "x": 0,
+            "xanchor": "left",
+            "y": 1.02,
+            "yanchor": "bottom",
+            "bgcolor": "#fff",
+            "bordercolor": "#bbb",
+        }
     ]
     name = _name(name, str(figure.to_json(engine="json")))
     return View(fragment(figure, name), "plotly", name)
