@@ -527,6 +527,23 @@ def test_a_report_without_heads_says_so(pages):
     assert "tv.find_heads(tv.load_model" in text
 
 
+@pytest.mark.parametrize("share, told", [(1.0, 0), (1.09, 1)])
+def test_a_share_above_the_whole_is_explained_below_it(tmp_path, share, told):
+    report = found()
+    joint = [
+        replace(j, effect=replace(j.effect, recovered=share)) if j.label == "reader" else j
+        for j in report.joint
+    ]
+    write_report(tmp_path / "h.html", replace(report, joint=tuple(joint), model=None))
+    circuit = circuit_report()
+    faithful = circuit.faithfulness._replace(value=share)
+    write_report(tmp_path / "c.html", replace(circuit, faithfulness=faithful))
+    for name in "hc":
+        text = (tmp_path / f"{name}.html").read_text("utf-8")
+        said = text.split('id="summary-text"')[1].split("</p>")[0]
+        assert said.count("A share may exceed 100%") == told and f"{share:.0%}" in said
+
+
 def test_settings_that_the_report_does_not_know_are_caveats(pages):
     notes = pages["evil"].read_text("utf-8").split('id="notes"')[1]
     assert "planted heads" in notes and str(escape(json.dumps([EVIL]))) in notes
@@ -584,6 +601,37 @@ BLANK = """() => [...document.querySelectorAll('canvas')].filter(canvas => {
 WIDE = """() => [...document.querySelectorAll('body *')].filter(element =>
   element.getBoundingClientRect().right > innerWidth + 1 && !element.closest('.scroll, .paper, svg')
 ).map(element => element.outerHTML.slice(0, 80))"""
+
+
+SCROLLED = """() => [...document.querySelectorAll('.scroll:has(table)')]
+  .filter(box => box.clientWidth && box.scrollWidth > box.clientWidth + 1).map(box => {
+  const edge = element => element.getBoundingClientRect();
+  const row = [...box.querySelectorAll('tbody tr')].at(-1).cells;
+  const look = () => ({hint: getComputedStyle(box, '::before').content,
+    shade: getComputedStyle(box).boxShadow, focus: box.tabIndex,
+    name: edge(row[0]).left - edge(box).left,
+    end: edge(row[row.length - 1]).right - edge(box).right});
+  const before = look();
+  box.scrollLeft = 1e6;
+  box.dispatchEvent(new Event('scroll'));
+  const after = look();
+  box.scrollLeft = 0;
+  return {before, after};
+})"""
+
+
+def assert_tables_scroll_visibly(page, *, narrow: bool) -> None:
+    """A table that is too wide says so, and keeps its first column in sight."""
+    page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
+    page.wait_for_timeout(300)
+    boxes = page.evaluate(SCROLLED)
+    assert len(boxes) >= 2 * narrow
+    for box in boxes:
+        before, after = box["before"], box["after"]
+        assert "scroll sideways" in before["hint"] and before["focus"] == 0
+        assert before["end"] > 1 and before["shade"] != "none"
+        assert after["end"] < 2 and after["shade"] == "none"
+        assert abs(after["name"]) < 2
 
 
 def assert_circuit_is_alive(page) -> None:
@@ -645,6 +693,7 @@ def test_the_report_opens_with_the_network_off(browser, pages, tmp_path, name, h
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         assert page.evaluate(BLANK) == 0
         page.screenshot(path=tmp_path / f"{name}-{width}-{scheme}.png", full_page=True)
+        assert_tables_scroll_visibly(page, narrow=width == 400 and name == "evil")
         dark = page.evaluate("getComputedStyle(document.documentElement).backgroundColor")
         assert (dark == "rgb(255, 255, 255)") == (scheme == "light")
     assert page.evaluate("window.pwned") is None

@@ -233,6 +233,7 @@ def _circuit_page(report: CircuitReport, command: str | None) -> str:
         f"{len(report.circuit)} of {len(report.circuit.graph.edges)} edges "
         f"({report.size:.1%}) alone do {faithful} of what {s.get('model')} does on "
         f"{s.get('task')}, against corruption {kind}; all other edges do {outside}."
+        + _beyond(report.faithfulness.value, "edges outside of it")
     )
     if report.random:
         summary += (
@@ -348,7 +349,7 @@ def _summary(report: HeadReport) -> list[str]:
                     f"; {len(best.control)} sets of other heads: {_percent(min(best.control))} to "
                     f"{_percent(max(best.control))}"
                 )
-            out.append(text + ".")
+            out.append(f"{text}.{_beyond(e.recovered, 'heads outside of the set')}")
     asked = [h for h in report.writers if h.local_vector is not None]
     if asked:
         n = sum(bool(h.local_vector) for h in asked)
@@ -377,6 +378,13 @@ def _join(parts: Sequence[str]) -> str:
 
 def _percent(share: float) -> str:
     return re.sub(r"^-0%", "0%", f"{share:.0%}")
+
+
+def _beyond(share: float, others: str) -> str:
+    """Explain a share that is printed as more than the whole."""
+    if share <= 1.005:
+        return ""
+    return f" A share may exceed 100%: {others}, left as they were, work against the task."
 
 
 def _call(report: HeadReport) -> str:
