@@ -736,7 +736,9 @@ def _heading(report: HeadReport) -> list[str]:
         "Share of the total recovered [95 % interval], test split; + carries the task.",
         "ns: not found on the selection split. sufficient: found by denoise, clean put",
         "into the corrupted run; necessary: by noise, the reverse; both: by either.",
-        "Heads are in the order of their largest share that is not ns.",
+        "Heads are in the order of their largest share that is not ns. by source: that",
+        "share by the role of what the head attends to (earlier: demonstrations before).",
+        "local-vector writer: a found reader reads what it writes.",
     ]
 
 
