@@ -146,6 +146,36 @@ def test_hostile_words_of_a_task_pass_through_prompts_harmlessly():
     assert EVIL in " ".join(assert_harmless(evil._repr_html_()).texts)
 
 
+def test_the_printed_heads_say_what_their_words_mean_and_how_they_are_ordered():
+    report = examples()["HeadReport"]
+    sources = {f"demonstration_{i}": 0.5 - i / 100 for i in range(4)}
+    shown = str(replace(report, readers=(replace(report.readers[0], sources=sources),)))
+    head = shown.split("WRITERS")[0]
+    for verdict, how in (("sufficient", "denoise"), ("necessary", "noise"), ("both", "either")):
+        assert re.search(rf"{verdict}: [^;.]*\b{how}\b", head.replace("\n", " "))
+    assert "in the order of their largest share" in head
+    assert_fits(shown)
+    (line,) = (i for i, text in enumerate(shown.split("\n")) if "demonstration_0" in text)
+    first, more = shown.split("\n")[line : line + 2]
+    assert "demonstration_3" in more, "what is broken off"
+    assert len(more) - len(more.lstrip()) > len(first) - len(first.lstrip()) == 9
+
+
+def test_heads_are_in_the_order_that_is_told():
+    for group in ("writers", "copiers", "readers", "relays"):
+        shares = [abs(head.best.recovered) for head in getattr(examples()["HeadReport"], group)]
+        assert shares == sorted(shares, reverse=True)
+
+
+def test_a_share_above_the_whole_is_explained_where_it_is_printed():
+    report = examples()["HeadReport"]
+    words = "work against the task"
+    assert report.joint and words not in str(report)
+    (first, *rest) = report.joint
+    above = replace(first, effect=replace(first.effect, recovered=1.09))
+    assert words in str(replace(report, joint=(above, *rest)))
+
+
 def test_columns_of_wide_characters_stand_below_each_other():
     text = as_text(
         [Tokens([("🦊", "x", "x[0]"), ("漢字漢字", "is", "is[0]"), ("a", "bos", "bos")])]

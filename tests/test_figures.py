@@ -117,7 +117,8 @@ def test_a_heatmap_on_paper_has_the_numbers_marks_and_labels_of_the_screen():
     strongest = np.unravel_index(np.argmin(figure.data[0].z), (2, 3))
     red, _, blue, _ = mesh.to_rgba(np.array(figure.data[0].z)[strongest])
     assert red > blue, "against the task is red"
-    assert figure.layout.title.text in " ".join(t.get_text() for t in drawn.texts)
+    title = paper.plain(figure.layout.title.text)
+    assert title in " ".join(t.get_text() for t in drawn.texts)
 
 
 def test_lines_bars_and_circuits_are_drawn_with_their_intervals():

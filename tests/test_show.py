@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import html
+import itertools
 import json
+import math
 import os
 import re
 import urllib.request
@@ -17,10 +19,15 @@ import pytest
 import xarray as xr
 from markupsafe import escape
 
-from tv_interp.analysis.circuits import discover_circuit
+from tv_interp.analysis.circuits import Circuit, discover_circuit
+from tv_interp.analysis.comparison import compare_vectors
 from tv_interp.analysis.faithfulness import CircuitReport, evaluate_circuit
+from tv_interp.analysis.features import Geometry
 from tv_interp.analysis.find import HeadReport, find_heads
+from tv_interp.analysis.graph import RoleGraph
 from tv_interp.analysis.heads import patch_heads
+from tv_interp.analysis.saliency import saliency_flow
+from tv_interp.display import readable
 from tv_interp.errors import FileError, ScoreError, TvInterpError, UnknownName
 from tv_interp.models import planted
 from tv_interp.prompts import Contrast, make_prompts
@@ -42,6 +49,7 @@ TOKENS = [
     "&amp;",
     "",
 ]
+LAYER_FACTOR = ("layer", "factor")
 MANY = 108  # tokens of 4 heads that are too many for circuitsvis
 
 
@@ -239,6 +247,44 @@ def test_sources_and_joint_effects_of_a_report_are_drawn_as_they_are():
     close(ranges, [[min(j.control), max(j.control)] for j in report.joint if j.control])
 
 
+def geometry() -> Geometry:
+    """What measure_geometry would return, of three layers, with invented numbers."""
+    rng = np.random.default_rng(1)
+    layers = {"layer": np.arange(3)}
+    parts = ["label", "value", "label:value"]
+    shares = xr.DataArray(rng.dirichlet(np.ones(3), 3), {**layers, "factor": parts}, LAYER_FACTOR)
+    factors = ["label", "value", "label, shuffled", "value, shuffled"]
+    blocks = xr.DataArray(
+        rng.normal(5, 0.1, (20, 3, 4)), {**layers, "factor": factors}, ("part", *LAYER_FACTOR)
+    )
+    sites = ["none", "label", "value", "both", "random, rank of label"]
+    ablated = scores(None, layer=3, site=sites)
+    names = {"abstract": "label", "concrete": "value", "metric": "choice", "task": "t<b>"}
+    return Geometry(shares, blocks.mean("part"), blocks, ablated, names | {"model": "m"})
+
+
+def test_geometry_is_drawn_with_its_intervals_and_its_controls_in_grey():
+    found = geometry()
+    figure = plots.plot_geometry(found)
+    drawn = {(t.yaxis, t.hovertemplate.split(", layer")[0]): t for t in figure.data}
+    assert len(drawn) == 3 + 4 + 5
+    close(drawn["y", "label:value"].y, found.shares.sel(factor="label:value").values)
+    for factor in found.distance.factor.values:
+        trace = drawn["y2", factor]
+        for layer in range(3):
+            cell = {"layer": layer, "factor": factor}
+            wanted = found.interval(lambda d, cell=cell: float(d.sel(cell)))
+            close((trace.y[layer], *trace.customdata[layer]), wanted)
+    table = found.ablated.ci("mean")
+    for site in table.site.values:
+        trace = drawn["y3", site]
+        close(trace.y, table["value"].sel(site=site).values)
+        close(np.array(trace.customdata)[:, 0], table["lo"].sel(site=site).values)
+    grey = {name for (_, name), trace in drawn.items() if trace.line.color == "#999999"}
+    assert grey == {"label, shuffled", "value, shuffled", "random, rank of label"}
+    assert "t&lt;b&gt; on m" in figure.layout.title.text
+
+
 def test_figures_of_a_report_without_heads_say_so():
     for draw in (plots.plot_heads, plots.plot_sources, plots.plot_joint):
         figure = draw(nothing())
@@ -306,7 +352,31 @@ def test_large_patterns_become_a_heatmap_with_a_choice_of_heads():
     assert small.needs == "circuitsvis"
 
 
+def test_predictions_are_those_of_the_logits_and_their_words_do_nothing():
+    logits = np.random.default_rng(0).normal(0, 3, (4, len(TOKENS)))
+    ids = [0, 2, 1, 8, 5]
+    shown = props(views.logits_view(ids, logits, lambda token: TOKENS[token], top=3))
+    likely = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    assert [html.unescape(text) for text in shown["prompt"]] == [readable(TOKENS[i]) for i in ids]
+    for pos, wanted in enumerate(ids[1:]):
+        order = np.argsort(-likely[pos])
+        assert shown["correctTokenRank"][pos] == list(order).index(wanted)
+        assert shown["correctTokenLogProb"][pos] == pytest.approx(likely[pos, wanted], abs=6e-4)
+        assert shown["topKLogProbs"][pos] == pytest.approx(likely[pos, order[:3]], abs=6e-4)
+        words = [html.unescape(text) for text in shown["topKTokens"][pos]]
+        assert words == [readable(TOKENS[i]) for i in order[:3]]
+    assert "<" not in json.dumps(shown)
+
+
 def test_views_refuse_what_they_cannot_show():
+    with pytest.raises(TvInterpError, match="a row for each of 2 tokens but the last.*got 2"):
+        views.logits_view([0, 1], np.ones((2, 3)), str)
+    with pytest.raises(TvInterpError, match="tokens from 0 to 2 and top from 1 to 3.*got 3 and 1"):
+        views.logits_view([0, 3], np.ones((1, 3)), str, top=1)
+    with pytest.raises(TvInterpError, match="got 1 and 5"):
+        views.logits_view([0, 1], np.ones((1, 3)), str)
+    with pytest.raises(TvInterpError, match="not finite"):
+        views.logits_view([0, 1], np.full((1, 9), np.inf), str)
     with pytest.raises(TvInterpError, match=r"expected patterns .*\(1, 2, 2\).*got \(1, 3, 3\)"):
         views.attention_view(np.ones((1, 3, 3)), ["a", "b"], ["h"])
     with pytest.raises(TvInterpError, match="3 axes, got 2"):
@@ -457,6 +527,23 @@ def test_a_report_without_heads_says_so(pages):
     assert "tv.find_heads(tv.load_model" in text
 
 
+@pytest.mark.parametrize("share, told", [(1.0, 0), (1.09, 1)])
+def test_a_share_above_the_whole_is_explained_below_it(tmp_path, share, told):
+    report = found()
+    joint = [
+        replace(j, effect=replace(j.effect, recovered=share)) if j.label == "reader" else j
+        for j in report.joint
+    ]
+    write_report(tmp_path / "h.html", replace(report, joint=tuple(joint), model=None))
+    circuit = circuit_report()
+    faithful = circuit.faithfulness._replace(value=share)
+    write_report(tmp_path / "c.html", replace(circuit, faithfulness=faithful))
+    for name in "hc":
+        text = (tmp_path / f"{name}.html").read_text("utf-8")
+        said = text.split('id="summary-text"')[1].split("</p>")[0]
+        assert said.count("A share may exceed 100%") == told and f"{share:.0%}" in said
+
+
 def test_settings_that_the_report_does_not_know_are_caveats(pages):
     notes = pages["evil"].read_text("utf-8").split('id="notes"')[1]
     assert "planted heads" in notes and str(escape(json.dumps([EVIL]))) in notes
@@ -497,6 +584,12 @@ def test_write_report_refuses_what_it_cannot_show(tmp_path):
 DRAWN = """() => [...document.querySelectorAll('.tv-plot')].every(plot => plot.querySelector(
   '.heatmaplayer image, .scatterlayer .trace, .barlayer .trace'))
   && document.querySelectorAll('#attention canvas').length >= HEADS"""
+DRAWN_ALL = """() => [...document.querySelectorAll('.tv-plot')].every(plot => plot.querySelector(
+  '.heatmaplayer image, .scatterlayer .trace, .barlayer .trace'))
+  && [...document.querySelectorAll('.tv-view')].every(view => view.children.length)
+  && document.querySelectorAll('.tv-view canvas').length >= 3"""
+NUMBER = r"[+-]?\d[\d.]*"
+INTERVAL = rf"\[{NUMBER}, {NUMBER}\]|interval {NUMBER} to {NUMBER}"
 BLANK = """() => [...document.querySelectorAll('canvas')].filter(canvas => {
   if (!canvas.width) return false;
   const copy = Object.assign(document.createElement('canvas'), {width: 200, height: 200});
@@ -508,6 +601,37 @@ BLANK = """() => [...document.querySelectorAll('canvas')].filter(canvas => {
 WIDE = """() => [...document.querySelectorAll('body *')].filter(element =>
   element.getBoundingClientRect().right > innerWidth + 1 && !element.closest('.scroll, .paper, svg')
 ).map(element => element.outerHTML.slice(0, 80))"""
+
+
+SCROLLED = """() => [...document.querySelectorAll('.scroll:has(table)')]
+  .filter(box => box.clientWidth && box.scrollWidth > box.clientWidth + 1).map(box => {
+  const edge = element => element.getBoundingClientRect();
+  const row = [...box.querySelectorAll('tbody tr')].at(-1).cells;
+  const look = () => ({hint: getComputedStyle(box, '::before').content,
+    shade: getComputedStyle(box).boxShadow, focus: box.tabIndex,
+    name: edge(row[0]).left - edge(box).left,
+    end: edge(row[row.length - 1]).right - edge(box).right});
+  const before = look();
+  box.scrollLeft = 1e6;
+  box.dispatchEvent(new Event('scroll'));
+  const after = look();
+  box.scrollLeft = 0;
+  return {before, after};
+})"""
+
+
+def assert_tables_scroll_visibly(page, *, narrow: bool) -> None:
+    """A table that is too wide says so, and keeps its first column in sight."""
+    page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
+    page.wait_for_timeout(300)
+    boxes = page.evaluate(SCROLLED)
+    assert len(boxes) >= 2 * narrow
+    for box in boxes:
+        before, after = box["before"], box["after"]
+        assert "scroll sideways" in before["hint"] and before["focus"] == 0
+        assert before["end"] > 1 and before["shade"] != "none"
+        assert after["end"] < 2 and after["shade"] == "none"
+        assert abs(after["name"]) < 2
 
 
 def assert_circuit_is_alive(page) -> None:
@@ -569,6 +693,7 @@ def test_the_report_opens_with_the_network_off(browser, pages, tmp_path, name, h
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         assert page.evaluate(BLANK) == 0
         page.screenshot(path=tmp_path / f"{name}-{width}-{scheme}.png", full_page=True)
+        assert_tables_scroll_visibly(page, narrow=width == 400 and name == "evil")
         dark = page.evaluate("getComputedStyle(document.documentElement).backgroundColor")
         assert (dark == "rgb(255, 255, 255)") == (scheme == "light")
     assert page.evaluate("window.pwned") is None
@@ -637,31 +762,188 @@ def test_pointing_at_a_cell_tells_its_interval(browser, tmp_path):
     page.close()
 
 
+def crowded_circuit() -> Circuit:
+    """All roles, and as many heads at one of them as a row, two rows and six rows can hold."""
+    places = ("bos", "x", "is", "answer", "end", "query_x", "query_is", "other")
+    sees = frozenset(itertools.product(places, places))
+    graph = RoleGraph(3, 12, True, "serial", places, sees)
+    edges = {f"L1H{h}@query_is->logits": 0.5 + h / 10 for h in range(12)}
+    edges |= {f"L0H{h}@answer->L1H{h}.k@query_is": 0.3 for h in range(12)}
+    edges |= {f"L0H{h}@end->L1H{h}.v@query_is": -0.3 for h in range(11)}
+    edges |= {f"L0H{h}@{p}->L1.mlp@query_is": 0.2 for p in places[-2:-1] for h in (0, 11)}
+    edges |= {f"L0H{h}@{p}->L1H0.k@query_is": 0.2 for p in places[:3] for h in (0, 5, 11)}
+    edges |= {f"L0H{h}@{p}->L1H0.k@query_is": 0.2 for p in ("query_x",) for h in (0, 11)}
+    edges |= {f"L0H{h}@other->L1H0.k@other": 0.2 for h in (10, 11)}
+    return Circuit(graph, edges, {})
+
+
+HEADS = """() => [...document.querySelectorAll('.tv-plot')].map(plot => {
+  const box = e => {
+    const b = e.getBoundingClientRect();
+    return [b.left, b.top, b.right, b.bottom];
+  };
+  const traces = [...plot.querySelectorAll('.scatterlayer .trace')];
+  const heads = traces.find(t => t.querySelector('text'));
+  return {
+    labels: [...heads.querySelectorAll('text')].map(t => ({text: t.textContent, box: box(t),
+      size: parseFloat(getComputedStyle(t).fontSize), ink: getComputedStyle(t).fill})),
+    circles: [...heads.querySelectorAll('.point')].map(p => ({box: box(p),
+      ground: getComputedStyle(p).fill})),
+    nodes: [...plot.querySelectorAll('.scatterlayer .point')].map(box),
+    frame: box(plot.querySelector('.main-svg'))};
+})"""
+
+
+def inside(inner, outer, slack: float = 0.0) -> bool:
+    left, top = inner[0] >= outer[0] - slack, inner[1] >= outer[1] - slack
+    return left and top and inner[2] <= outer[2] + slack and inner[3] <= outer[3] + slack
+
+
+def apart(one, other, slack: float) -> bool:
+    """Whether two circles, or what stands for them, overlap by less than some pixels."""
+    (x, y), (u, v) = (((b[0] + b[2]) / 2, (b[1] + b[3]) / 2) for b in (one, other))
+    return math.hypot(x - u, y - v) >= (one[2] - one[0] + other[2] - other[0]) / 2 - slack
+
+
+@pytest.mark.browser
+def test_every_head_of_a_circuit_has_its_number_in_a_circle_of_its_own(browser, tmp_path):
+    style = re.search(
+        r"<style>.*?</style>", plots.read_asset("tv_interp.show", "base.html.j2"), re.S
+    )
+    assert style is not None
+    circuits = crowded_circuit(), circuit_report().circuit
+    page, said, asked = watched(browser, 400, "dark")
+    page.set_content(
+        f"<!doctype html>{style[0]}<body>{plots.plotly_script()}"
+        + "".join(plots.fragment(c.plot(title=""), f"c-{i}") for i, c in enumerate(circuits))
+    )
+    page.wait_for_function("document.querySelectorAll('.tv-plot .textpoint').length > 40")
+    for width, scheme in ((400, "dark"), (1400, "light"), (400, "light"), (1400, "dark")):
+        page.emulate_media(color_scheme=scheme)
+        page.set_viewport_size({"width": width, "height": 900})
+        page.wait_for_timeout(500)
+        page.screenshot(path=tmp_path / f"{width}-{scheme}.png", full_page=True)
+        for circuit, drawn in zip(circuits, page.evaluate(HEADS), strict=True):
+            names = [re.search(r"H(\d+)@", node) for node in circuit.nodes]
+            assert sorted(d["text"] for d in drawn["labels"]) == sorted(n[1] for n in names if n)
+            for label, circle in zip(drawn["labels"], drawn["circles"], strict=True):
+                assert inside(label["box"], circle["box"], slack=1) and label["size"] >= 10
+                assert inside(circle["box"], drawn["frame"])
+                assert (
+                    label["ink"] == "rgb(34, 34, 34)" and circle["ground"] == "rgb(255, 255, 255)"
+                )
+            for one, other in itertools.combinations(drawn["nodes"], 2):
+                assert apart(one, other, slack=1.5), "their borders may touch"
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert said == [] and asked == []
+    page.context.close()
+
+
+def test_a_circuit_too_wide_for_a_small_screen_scrolls_and_stays_legible():
+    places = tuple(f"answer[{i}]" for i in range(20)) + ("query_is",)
+    graph = RoleGraph(1, 4, False, "serial", places, frozenset((p, "query_is") for p in places))
+    edges = {f"embed@{p}->L0H{h}.k@query_is": 1.0 for p in places for h in range(4)}
+    circuit = Circuit(graph, edges | {f"L0H{h}@query_is->logits": 1.0 for h in range(4)}, {})
+    text = plots.fragment(circuit.plot(top=None), "wide")
+    least = re.match(r'<div class="scroll".*?min-width:(\d+)px', text)
+    assert least is not None and 21 * 2 * 17 < int(least[1]) < 1000
+    assert "scroll" not in plots.fragment(scores(layer=2, head=2).plot(), "plain")
+
+
+def shown_views(n: int) -> list[views.View]:
+    """Attention, coloured tokens (write, read, saliency) and predictions, in turn."""
+    rng = np.random.default_rng(0)
+    size = len(TOKENS)
+    pattern = np.tril(rng.random((2, size, size)))
+    makers = (
+        lambda i: views.attention_view(pattern, TOKENS, ["0.0", "1.1"], name=f"view-{i}"),
+        lambda i: views.token_view(TOKENS, rng.normal(size=size), name=f"view-{i}"),
+        lambda i: views.logits_view(
+            [*range(size), 0], rng.normal(size=(size, size)), TOKENS.__getitem__, name=f"view-{i}"
+        ),
+    )
+    return [makers[i % 3](i) for i in range(n)]
+
+
+def test_twenty_views_of_circuitsvis_make_a_small_page():
+    text = views.bundle_script() + "".join(view.html for view in shown_views(20))
+    assert len(text.encode()) < 3_000_000
+
+
+@functools.cache
+def shown_figures() -> dict[str, str]:
+    """One of each kind of figure, as a fragment of a page."""
+    case = planted.build("write_then_read")
+    prompts = make_prompts(case.model, case.task, n_demos=3, n_prompts=8)
+    vectors = compare_vectors(case.model, case.task, n_demos=3, n_prompts=16)
+    rng = np.random.default_rng(0)
+    pattern = np.tril(rng.random((4, MANY, MANY)))
+    figures = {
+        "effects": scores(layer=3, head=5).plot(),
+        "heads": plots.plot_heads(found(), corruption="inputs", direction="denoise"),
+        "circuit": circuit_report().plot(),
+        "flow": plots.plot_flow(saliency_flow(case.model, prompts)),
+        "demos": plots.plot_scores(effects_by_demo(found(), n_prompts=4)),
+        "layers": scores(layer=4).plot(),
+        "vectors": plots.plot_vectors(vectors),
+        "geometry": plots.plot_geometry(geometry()),
+        "parts": scores(role=["x", "answer"], part=["value", "both"], site=["L0H0"]).plot(),
+        "joint": plots.plot_joint(found()),
+        "paths": scores(sender=["a", "b"], receiver=["c"], via=["k", "v"]).plot(),
+    }
+    tokens = [f"t{i}" for i in range(MANY)]
+    large = views.attention_view(pattern, tokens, ["0.0", "0.1", "0.2", "1.0"], name="attention")
+    out = {name: plots.fragment(figure, name) for name, figure in figures.items()}
+    return out | {large._name: large.html}
+
+
+POINT = """name => {
+  const plot = document.getElementById(name), layout = plot._fullLayout;
+  const trace = plot._fullData.findLast(t => t.visible === true && t.hoverinfo !== 'skip' &&
+    (t.type !== 'scatter' || t.customdata || t.hovertemplate.includes('[')));
+  const axis = letter => layout[letter + 'axis' + (trace[letter + 'axis'] || '').slice(1)];
+  const [x, y] = [axis('x'), axis('y')], i = trace.mode === 'lines' ? 8 : 0;
+  const at = letter => trace[letter] ? trace[letter][i] : i;
+  const bar = trace.type === 'bar';
+  const box = plot.getBoundingClientRect();
+  return [box.left + x._offset + x.d2p(at('x')) + (bar ? 10 : 0),
+          box.top + y._offset + y.d2p(bar ? at('y') / 2 : at('y'))];
+}"""
+
+
 @pytest.mark.browser
 @pytest.mark.parametrize("width, scheme", [(400, "dark"), (1400, "light")])
-def test_twenty_views_stand_in_one_small_page(browser, tmp_path, width, scheme):
-    rng = np.random.default_rng(0)
-    pattern = np.tril(rng.random((2, len(TOKENS), len(TOKENS))))
-    shown = [
-        views.attention_view(pattern, TOKENS, ["0.0", "1.1"], name=f"a-{i}") for i in range(10)
-    ]
-    shown += [
-        views.token_view(TOKENS, rng.normal(size=len(TOKENS)), name=f"t-{i}") for i in range(10)
-    ]
-    body = "".join(f'<div class="paper">{view.html}</div>' for view in shown)
-    text = "<!doctype html><meta charset=utf-8>" + views.bundle_script() + body + "<p id=end>end"
-    assert len(text.encode()) < 3_000_000
-    (tmp_path / "views.html").write_text(text, encoding="utf-8")
-    page, said, asked = watched(browser, width, scheme)
-    page.goto((tmp_path / "views.html").as_uri())
-    page.wait_for_function("document.querySelectorAll('canvas').length >= 20")
-    page.wait_for_function(
-        "[...document.querySelectorAll('[id^=t-]')].every(d => d.children.length)"
+def test_twenty_figures_of_every_kind_stand_in_one_page(browser, tmp_path, width, scheme):
+    figures = shown_figures()
+    shown = shown_views(20 - len(figures))
+    assert len(shown) == 8
+    style = re.search(
+        r"<style>.*</style>", plots.read_asset("tv_interp.show", "base.html.j2"), re.S
     )
+    assert style is not None
+    head = f"<!doctype html><meta charset=utf-8>{style[0]}" + plots.plotly_script()
+    body = [f'<div class="paper">{view.html}</div>' for view in shown] + list(figures.values())
+    text = head + views.bundle_script() + "".join(body) + "<p id=end>end"
+    assert len(text.encode()) < 8_000_000
+    (tmp_path / "page.html").write_text(text, encoding="utf-8")
+    page, said, asked = watched(browser, width, scheme)
+    page.goto((tmp_path / "page.html").as_uri())
+    page.wait_for_function(DRAWN_ALL)
     page.wait_for_timeout(500)
+    assert page.locator(".tv-plot").count() == len(figures)
     assert page.evaluate(BLANK) == 0 and page.locator("#end").is_visible()
+    page.screenshot(path=tmp_path / f"page-{width}.png", full_page=True)
+    for name in figures:
+        page.locator(f"#{name}").scroll_into_view_if_needed()
+        page.mouse.move(*page.evaluate(POINT, name))
+        page.wait_for_selector(f"#{name} .hoverlayer .hovertext", timeout=20_000)
+        told = page.locator(f"#{name} .hoverlayer .hovertext").first.text_content()
+        wanted = r"from t\d+ to t\d+" if name == "attention" else INTERVAL
+        assert re.search(wanted, told.replace("−", "-")), f"{name}: {told}"
+        page.mouse.move(0, 0)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert page.evaluate("window.pwned") is None
-    assert said == [] and asked == [(tmp_path / "views.html").as_uri()]
+    assert said == [] and asked == [(tmp_path / "page.html").as_uri()]
     page.context.close()
 
 

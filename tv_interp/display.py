@@ -104,14 +104,13 @@ def as_text(blocks: Iterable[Block], width: int = WIDTH) -> str:
 
 
 def wrapped(lines: Sequence[str], width: int = WIDTH) -> list[str]:
-    """Break the lines that are longer than ``width``; what is broken off is indented."""
-    return [
-        part
-        for line in lines
-        for part in (
-            textwrap.wrap(line, width, subsequent_indent="    ") if len(line) > width else [line]
-        )
-    ]
+    """Break the lines longer than ``width``; what is broken off stands 4 further in than they."""
+    out = []
+    for line in lines:
+        indent = " " * (len(line) - len(line.lstrip()) + 4)
+        broken = textwrap.wrap(line, width, subsequent_indent=indent)
+        out += broken if len(line) > width else [line]
+    return out
 
 
 def as_html(blocks: Iterable[Block]) -> str:

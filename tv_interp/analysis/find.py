@@ -760,7 +760,11 @@ def _heading(report: HeadReport) -> list[str]:
         f"{s['task']} on {s['model']}: {s['n_demos']} demonstrations, "
         f"accuracy {report.clean_accuracy:.2f} (test split)",
         "Share of the total recovered [95 % interval], test split; + carries the task.",
-        "ns: not found on the selection split.",
+        "ns: not found on the selection split. sufficient: found by denoise, clean put",
+        "into the corrupted run; necessary: by noise, the reverse; both: by either.",
+        "Heads are in the order of their largest share that is not ns. by source: that",
+        "share by the role of what the head attends to (earlier: demonstrations before).",
+        "local-vector writer: a found reader reads what it writes.",
     ]
 
 
@@ -785,7 +789,7 @@ def _table(report: HeadReport) -> list[str]:
         heads: tuple[FoundHead, ...] = getattr(report, name)
         lines += ["", f"{title} ({len(heads)})"]
         if heads:
-            lines.append(f"  {'head':<7}{'corruption':<16}{'denoise':<25}{'noise':<25}")
+            lines.append(f"  {'head':<7}{'corruption':<16}{'denoise':<25}{'noise'}")
         for head in heads:
             by = {(e.corruption, e.direction): e for e in head.effects}
             for i, kind in enumerate(dict.fromkeys(e.corruption for e in head.effects)):
@@ -796,6 +800,8 @@ def _table(report: HeadReport) -> list[str]:
             lines.append(f"         {head.verdict}{extra}; by source: {_reads(head)}")
     if report.joint:
         lines += ["", "JOINT effects (control: layer-matched random heads, mean and range)"]
+        if any(j.effect.recovered > 1.005 for j in report.joint):
+            lines.append("  Above +1.00: heads outside of the set work against the task.")
     for j in report.joint:
         control = ""
         if j.control:
@@ -803,7 +809,7 @@ def _table(report: HeadReport) -> list[str]:
                 f"  control {np.mean(j.control):+.2f} "
                 f"({min(j.control):+.2f} to {max(j.control):+.2f}, {len(j.control)} sets)"
             )
-        name = f"{j.n_heads} {j.label}s" if j.label in ROLES else j.label
+        name = f"{j.n_heads} {j.label}{'s' * (j.n_heads != 1)}" if j.label in ROLES else j.label
         lines.append(f"  {name}, {j.effect.corruption}, {j.effect.direction}: {_share(j.effect)}")
         if control:
             lines.append("  " + control)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -21,10 +22,19 @@ if TYPE_CHECKING:
 FOR, AGAINST = "#0072B2", "#D55E00"
 LOOKS = {  # kind of node: symbol, size, name in the legend
     "embed": ("square", 13, "embedding"),
-    "head": ("circle", 15, "head (layer.head)"),
+    "head": ("circle", 16, "head, by its number"),
     "mlp": ("diamond", 14, "MLP"),
     "logits": ("star", 18, "logits"),
 }
+PITCH = 18
+"""Pixels from one head to the next: the number fits into its circle, and circles do not touch."""
+NARROW = 290
+"""Pixels across the plot on a screen of 400."""
+LEVEL = 90
+"""Least pixels from layer to layer."""
+LEFT, RIGHT, TOP = 60, 20, 110
+BELOW, LINE = 76, 29
+"""Pixels from the plot to the legend, and of one line of it: two names on a narrow screen."""
 LAST = "into logits"
 INPUTS = {"q": "into queries", "k": "into keys", "v": "into values", "mlp": "into MLPs"}
 _NODE = re.compile(r"L(\d+)(?:H(\d+)|\.mlp)@(.+)")
@@ -63,13 +73,14 @@ def plot_circuit(
     table = table.reindex(table.weight.abs().sort_values(ascending=False, kind="stable").index)
     shown = table.head(len(table) if top is None else top)
     places = [p for p in circuit.graph.places if p in {*shown.src, *shown.dest}]
-    where = _Places(circuit, places)
+    nodes = sorted({*shown.sender, *shown.receiver})
+    where = _Places(circuit, places, nodes)
     largest = float(shown.weight.abs().max())
     unit = circuit.attrs.get("unit", "logits")
     traces: list[dict[str, Any]] = []
-    named: set[str] = set()
+    named = {_via(row): row["edge"] for row in shown.iloc[::-1].to_dict("records")}  # the largest
     for row in shown.iloc[::-1].to_dict("records"):  # the largest last, on top
-        kind = INPUTS.get(str(row["via"]), LAST)
+        kind = _via(row)
         x, y = _curve(where.of(row["sender"]), where.of(row["receiver"]))
         share = abs(row["weight"]) / largest
         hover = f"{row['edge']}<br>{row['weight']:+.3g} {unit}"
@@ -79,15 +90,13 @@ def plot_circuit(
         traces.append(
             {
                 "type": "scatter", "mode": "lines", "x": x, "y": y, "name": kind,
-                "legendgroup": kind, "showlegend": kind not in named, "hoverinfo": "text",
+                "legendgroup": kind, "showlegend": row["edge"] == named[kind], "hoverinfo": "text",
                 "text": [hover] * len(x), "opacity": round(0.35 + 0.6 * share, 3),
                 "customdata": [row["edge"]] * len(x),
                 "line": {"color": FOR if row["weight"] > 0 else AGAINST,
                          "width": round(1 + 6 * share, 2)},
             }
         )  # fmt: skip
-        named.add(kind)
-    nodes = sorted({*shown.sender, *shown.receiver})
     traces += _nodes(where, nodes, lost or {})
     paths = _paths(shown.iloc[::-1])
     count = f"{len(shown)} largest of {len(table)} edges" if len(shown) < len(table) else None
@@ -95,45 +104,87 @@ def plot_circuit(
         about = circuit.attrs
         title = f"{about.get('task', 'circuit')} on {about.get('model', 'a model')}"
         title += f", {about.get('method', '')}, corruption {about.get('corruption', '')}"
-    levels = circuit.graph.n_layers
+    layers = [f"layer {i}" for i in range(circuit.graph.n_layers)]
+    ends = where.y[-1] - LEVEL / 2, where.y[len(layers)] + LEVEL / 2
+    high = ends[1] - ends[0]
+    listed = sum(trace.get("showlegend", True) for trace in traces)
+    margin = {"l": LEFT, "r": RIGHT, "t": TOP, "b": BELOW + LINE * -(-listed // 2) + 10}
     layout: dict[str, Any] = {
         "title": {"text": "<br>".join(filter(None, (title, count and f"<sub>{count}</sub>"))),
                   "x": 0.01, "y": 1, "yref": "container", "yanchor": "top", "pad": {"t": 16},
                   "font": {"size": 14}},
-        "height": 230 + 90 * (levels + 1), "hovermode": "closest", "autosize": True,
-        "meta": {"paths": paths}, "updatemenus": [_menu(traces, nodes, paths)],
-        "legend": {"orientation": "h", "x": 0, "y": -0.09, "yanchor": "top"},
+        "height": high + margin["t"] + margin["b"], "hovermode": "closest", "autosize": True,
+        "meta": {"paths": paths, "min_width": where.min_width},
+        "updatemenus": [_menu(traces, nodes, paths)],
+        "legend": {"orientation": "h", "x": 0, "y": round(-BELOW / high, 4), "yanchor": "top",
+                   "itemsizing": "constant"},
         "modebar": {"remove": ["sendChartToCloud", "select2d", "lasso2d"]},
         "paper_bgcolor": "rgba(255,255,255,0)", "hoverlabel": {"namelength": -1},
         "font": {"family": "system-ui, sans-serif", "size": 12, "color": "#222"},
-        "plot_bgcolor": "rgba(255,255,255,0)", "margin": {"l": 60, "r": 20, "t": 110, "b": 90},
+        "plot_bgcolor": "rgba(255,255,255,0)", "margin": margin,
         "xaxis": {"tickvals": list(range(len(places))), "ticktext": places, "title": "role",
                   "showgrid": False, "zeroline": False, "range": [-0.6, len(places) - 0.4]},
-        "yaxis": {"tickvals": [-1, *range(levels), levels],
-                  "ticktext": ["embed", *map(str, range(levels)), "logits"], "title": "layer",
-                  "gridcolor": "#eee", "zeroline": False, "range": [-1.5, levels + 0.5]},
+        "yaxis": {"tickvals": list(where.y.values()), "ticktext": ["embed", *layers, "logits"],
+                  "gridcolor": "#eee", "zeroline": False, "range": list(ends)},
     }  # fmt: skip
     return go.Figure({"data": traces, "layout": layout})
 
 
 class _Places:
-    """Where nodes stand."""
+    """Where nodes stand: x counts roles, y is in pixels.
 
-    def __init__(self, circuit: Circuit, places: list[str]) -> None:
+    Heads of one layer and role stand in rows, lowest number first, as many to a row as have room
+    between two roles on a narrow screen; a layer is as high as its rows need.
+    """
+
+    def __init__(self, circuit: Circuit, places: list[str], nodes: list[str]) -> None:
         self.x = {place: float(i) for i, place in enumerate(places)}
-        self.n_layers, self.n_heads = circuit.graph.n_layers, circuit.graph.n_heads
+        self.last = circuit.graph.n_layers
+        self.columns = max(2, int(NARROW / (len(places) + 0.2) / PITCH))
+        self.cells: dict[tuple[int, str], list[int]] = {}
+        for node in nodes:
+            if _kind(node) == "head":
+                layer, head, place = _parse(node)
+                assert head is not None
+                self.cells.setdefault((layer, place), []).append(head)
+        rows = [0] * self.last  # beyond the first, by layer
+        for (layer, _), heads in self.cells.items():
+            heads.sort()
+            rows[layer] = max(rows[layer], (len(heads) - 1) // self.columns)
+        self.half = [0.5 * PITCH * n for n in rows]
+        halves = [0.0, *self.half, 0.0]
+        steps = [LEVEL + a + b for a, b in itertools.pairwise(halves)]
+        self.y = dict(enumerate(itertools.accumulate(steps, initial=0.0), -1))
+
+    @property
+    def min_width(self) -> int:
+        """Pixels below which heads of neighbouring roles would touch."""
+        return int(self.columns * PITCH * (len(self.x) + 0.2)) + LEFT + RIGHT
 
     def of(self, node: str) -> tuple[float, float]:
         """Get x and y of a node."""
         if node == "logits":
-            return self.x["query_is"], float(self.n_layers)
+            return self.x["query_is"], self.y[self.last]
         if node.startswith("embed@"):
-            return self.x[node.split("@")[1]], -1.0
+            return self.x[node.split("@")[1]], self.y[-1]
         layer, head, place = _parse(node)
         if head is None:
-            return self.x[place], layer + 0.32
-        spread = (head + 0.5) / self.n_heads - 0.5
-        return self.x[place] + 0.72 * spread, layer - 0.12
+            return self.x[place], self.y[layer] + self.half[layer] + 0.42 * LEVEL
+        heads = self.cells[layer, place]
+        row, column = divmod(heads.index(head), self.columns)
+        beside = min(self.columns, len(heads) - row * self.columns)
+        lines = (len(heads) - 1) // self.columns
+        across = (column - (beside - 1) / 2) / self.columns
+        return self.x[place] + across, self.y[layer] + PITCH * (lines / 2 - row)
+
+
+def _via(row: Mapping[Any, Any]) -> str:
+    return INPUTS.get(str(row["via"]), LAST)
+
+
+def _kind(node: str) -> str:
+    first = node.split("@")[0]
+    return first if first in ("embed", "logits") else "mlp" if ".mlp" in first else "head"
 
 
 def _parse(node: str) -> tuple[int, int | None, str]:
@@ -181,23 +232,22 @@ def _menu(
 
 
 def _nodes(where: _Places, nodes: list[str], lost: Mapping[str, Interval]) -> list[dict[str, Any]]:
-    """Draw the nodes, one trace a kind, with their names."""
+    """Draw the nodes, one trace a kind; a head's number stands in its circle."""
     kinds: Mapping[str, list[str]] = {kind: [] for kind in LOOKS}
     for node in nodes:
-        first = node.split("@")[0]
-        kind = first if first in ("embed", "logits") else "mlp" if ".mlp" in first else "head"
-        kinds[kind].append(node)
+        kinds[_kind(node)].append(node)
     out = []
     for kind, members in kinds.items():
         if not members:
             continue
         symbol, size, name = LOOKS[kind]
         x, y = zip(*map(where.of, members), strict=True)
-        label = [f"{_parse(n)[0]}.{_parse(n)[1]}" if kind == "head" else "" for n in members]
+        label = [str(_parse(n)[1]) if kind == "head" else "" for n in members]
         out.append(
             {
                 "type": "scatter", "mode": "markers+text", "x": x, "y": y, "text": label,
-                "textposition": "bottom center", "textfont": {"size": 10}, "name": name,
+                "textposition": "middle center", "name": name,
+                "textfont": {"size": 10, "color": "#222"},
                 "hovertext": [n + _loss(lost.get(n)) for n in members], "hoverinfo": "text",
                 "customdata": members,
                 "marker": {"symbol": symbol, "size": size, "color": "#fff",
@@ -217,7 +267,7 @@ def _curve(
     """Bend a line between two nodes, so that edges along one role can be told apart."""
     t = np.linspace(0, 1, n)
     (x0, y0), (x1, y1) = start, end
-    bow = 0.06 * (y1 - y0) if abs(x1 - x0) < 0.5 else 0.0
+    bow = 0.06 * (y1 - y0) / LEVEL if abs(x1 - x0) < 0.5 else 0.0
     x = x0 + (x1 - x0) * t**1.5 - bow * np.sin(np.pi * t)
     y = y0 + (y1 - y0) * t
-    return np.round(x, 4).tolist(), np.round(y, 4).tolist()
+    return np.round(x, 4).tolist(), np.round(y, 2).tolist()

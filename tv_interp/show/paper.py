@@ -209,10 +209,12 @@ class _Drawing:
         for letter in "xy":
             self._errors(ax, trace.get(f"error_{letter}"), letter, x, y, ink)
         if "text" in mode:
+            inside = trace.get("textposition") == "middle center"
             for col, row, text in zip(x, y, trace["text"], strict=True):
                 ax.annotate(
-                    plain(text), (col, row), (0, -6), textcoords="offset points", fontsize=7,
-                    ha="center", va="top", zorder=4,
+                    plain(text), (col, row), (0, 0 if inside else -6), zorder=4, ha="center",
+                    va="center_baseline" if inside else "top", textcoords="offset points",
+                    fontsize=7,
                 )  # fmt: skip
         self._list(trace, handle)
 
@@ -310,6 +312,7 @@ class _Drawing:
             )  # fmt: skip
             for line in legend.get_lines():
                 line.set_linewidth(min(line.get_linewidth(), 2))
+                line.set_markersize(min(line.get_markersize(), 8))
             self.figure.draw_without_rendering()
             box = legend.get_window_extent().transformed(self.figure.transFigure.inverted())
             top = box.y1 + 0.02

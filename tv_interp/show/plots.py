@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
     from ..analysis.comparison import VectorReport
+    from ..analysis.features import Geometry
     from ..analysis.find import Effect, FoundHead, HeadReport
     from ..analysis.information import InformationMap
     from ..scores import Scores
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "cross")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot", "solid")
+PLAIN = "#777777"
+"""Runs as they are: seen on light and on dark ground."""
 CONFIG = {"responsive": True, "displaylogo": False, "showSendToCloud": False}
 _BETWEEN = 100  # pixels between the rows of a sheet: axis title above, panel title below
 LETTERS = {"writer": "W", "copier": "C", "reader": "R", "relay": "L"}
@@ -241,7 +244,7 @@ def draw_heads(
     sheet = _Sheet(len(rows), len(cols), height)
     for (kind, way, role), table in tables.items():
         row, col = rows.index((kind, way)), cols.index(role)
-        name = f"{names.get(role, role)}: {kind}, {way}" if len(rows) * len(cols) > 1 else ""
+        name = f"{names.get(role, role)}:\n{kind}, {way}" if len(rows) * len(cols) > 1 else ""
         letters = np.full(table["value"].shape, "", dtype=object)
         x, y = sheet.panel(row, col, name, *_plane_axes(table, ("layer", "head")))
         for head in (h for h in report.found if h.site.role == role):
@@ -419,7 +422,7 @@ def plot_vectors(
                 label,
                 {
                     "mode": "lines", "x": [-0.3, last + 0.3], "y": [level, level],
-                    "line": {"color": "#222", "width": 1, "dash": dash},
+                    "line": {"color": PLAIN, "width": 1.5, "dash": dash},
                     "hovertemplate": f"{name}: %{{y:.3f}}<extra></extra>",
                 },
             )  # fmt: skip
@@ -454,10 +457,79 @@ def plot_vectors(
                     },
                 )  # fmt: skip
     figure = sheet.figure(title)
-    legend = {"orientation": "h", "x": 0, "y": -0.2, "yanchor": "top"}  # two rows, below the axes
+    legend = {"orientation": "h", "x": 0, "y": -0.22, "yanchor": "top"}  # two rows, below the axes
     return figure.update_layout(
         legend=legend, margin={"b": 130}, height=figure.to_dict()["layout"]["height"] + 70
     )
+
+
+def plot_geometry(found: Geometry, *, title: str | None = None) -> go.Figure:
+    """Draw what states at answers hold by layer, and whether it is used.
+
+    Args:
+        found: From `measure_geometry`.
+        title: Title; None for task and model.
+
+    Returns:
+        Three panels over layers: the share of variance of each feature, the Mahalanobis distance
+        between its levels with a 95 % interval by jackknife, and the metric with a feature taken
+        out from that layer on. Controls are grey: shuffled levels, random subspaces, and dotted the
+        run as it is.
+    """
+    import xarray as xr
+
+    from ..scores.statistics import jackknife
+
+    s = found.settings
+    left = found.blocks.transpose("part", *found.distance.dims).values
+    ends = [jackknife(0.0, parts)[2] for parts in left.reshape(len(left), -1).T.tolist()]
+    reach = found.distance.copy(data=np.reshape(ends, found.distance.shape))
+    panels: list[tuple[str, str, xr.Dataset]] = [
+        ("share of the variance of means", "share", xr.Dataset({"value": found.shares})),
+        ("distance between levels", "Mahalanobis distance", xr.Dataset(
+            {"value": found.distance, "lo": found.distance - reach, "hi": found.distance + reach})),
+        ("taken out from a layer on", str(s["metric"]), found.ablated.ci("mean")),
+    ]  # fmt: skip
+    chosen = [s["abstract"], s["concrete"], "both", f"{s['abstract']}:{s['concrete']}"]
+    sheet = _Sheet(len(panels), 1, 190, legend=True)
+    listed: set[str] = set()
+    for row, (name, unit, table) in enumerate(panels):
+        last = table.sizes["layer"] - 1
+        x, y = sheet.panel(
+            row, 0, name,
+            {"title": {"text": "layer" if row == len(panels) - 1 else ""}, "tickmode": "linear",
+             "tick0": 0, "dtick": math.ceil((last + 1) / 14), "range": [-0.3, last + 0.3]},
+            {"title": {"text": _text(unit)}, "rangemode": "tozero"},
+        )  # fmt: skip
+        (other,) = set(table["value"].dims) - {"layer"}
+        for key in sorted(table[other].values, key=lambda key: key in chosen):  # controls below
+            part = table.sel({other: key})
+            at = chosen.index(key) if key in chosen else None
+            value = _numbers(part["value"].values)
+            color = PLAIN if key == "none" else "#999999" if at is None else COLORS[at]
+            group = "as it is" if key == "none" else "controls" if at is None else str(key)
+            trace: dict[str, Any] = {
+                "type": "scatter", "mode": "lines+markers", "xaxis": x, "yaxis": y,
+                "x": part["layer"].values.tolist(), "y": value, "name": _text(group),
+                "legendgroup": group, "showlegend": group not in listed,
+                "line": {"color": color, "width": 1 if at is None else 2,
+                         "dash": "dot" if at is None else DASHES[at]},
+                "marker": {"symbol": SYMBOLS[at or 0], "size": 4 if at is None else 8},
+                "hovertemplate": f"{_text(key)}, layer %{{x}}: %{{y:.3g}}<extra></extra>",
+            }  # fmt: skip
+            if "lo" in part:
+                lo, hi = (_numbers(part[k].values) for k in ("lo", "hi"))
+                trace["customdata"] = [list(pair) for pair in zip(lo, hi, strict=True)]
+                trace["hovertemplate"] = trace["hovertemplate"].replace(
+                    "<extra>", " [%{customdata[0]:.3g}, %{customdata[1]:.3g}]<extra>"
+                )
+                if at is not None:
+                    trace["error_y"] = _errors(value, lo, hi)
+            listed.add(group)
+            sheet.traces.append(trace)
+    if title is None:
+        title = f"{s['abstract']} and {s['concrete']} at answers, {s['task']} on {s['model']}"
+    return sheet.figure(title)
 
 
 def fragment(figure: go.Figure, name: str) -> str:
@@ -476,16 +548,19 @@ def fragment(figure: go.Figure, name: str) -> str:
     arguments = ",".join(
         script_json(part) for part in (name, parts["data"], parts["layout"], CONFIG)
     )
-    return (
-        f'<div id="{name}" class="tv-plot" style="height:{int(height)}px">'
-        "<noscript>This figure needs JavaScript.</noscript></div>\n"
-        f"<script>Plotly.newPlot({arguments}){_on_click(parts['layout'])};</script>\n"
+    least = (parts["layout"].get("meta") or {}).get("min_width", 0)
+    box = (
+        f'<div id="{name}" class="tv-plot" style="height:{int(height)}px;min-width:{int(least)}px">'
+        "<noscript>This figure needs JavaScript.</noscript></div>"
     )
+    if least:  # narrower, it would be illegible
+        box = f'<div class="scroll" style="overflow-x:auto">{box}</div>'
+    return f"{box}\n<script>Plotly.newPlot({arguments}){_on_click(parts['layout'])};</script>\n"
 
 
 def _on_click(layout: Mapping[str, Any]) -> str:
     """Let a click on a part of a circuit fade all that is on no path through it."""
-    if "paths" not in layout.get("meta", {}):
+    if "paths" not in (layout.get("meta") or {}):
         return ""
     return (
         ".then(plot=>{"
@@ -545,6 +620,8 @@ def _planes(
     rest = [str(d) for d in table["value"].dims if d not in plane]
     panels = [{rest[0]: v} for v in table[rest[0]].values] if rest else [{}]
     sheet = _Sheet(1, len(panels), _plane_height(table.sizes[plane[0]]))
+    if max(len(str(v)) for v in table[plane[1]].values) > 8:
+        sheet.below = 60  # turned where there is little room
     limit = _limit([table])
     for i, panel in enumerate(panels):
         part = table.sel(panel).transpose(*plane)
@@ -552,7 +629,10 @@ def _planes(
         if marked is not None:
             text = np.where(marked.sel(panel).transpose(*plane).values, "•", "")
         name = f"{rest[0]} {panel[rest[0]]}" if len(panels) > 1 else ""
-        x, y = sheet.panel(0, i, name, *_plane_axes(part, plane))
+        axes = _plane_axes(part, plane)
+        if i:  # it would stand on the panel before
+            axes[1]["title"] = {"text": ""}
+        x, y = sheet.panel(0, i, name, *axes)
         trace = _heatmap(part, plane, unit, text, limit, scale=i == len(panels) - 1)
         sheet.traces.append(trace | {"xaxis": x, "yaxis": y})
     return sheet
@@ -687,6 +767,7 @@ class _Sheet:
         self.shapes: list[dict] = []
         self.axes: dict[str, dict] = {}
         self.titles: list[dict] = []
+        self.below = 0  # pixels for long labels of the last row
 
     def panel(self, row: int, col: int, title: str, x: dict, y: dict) -> tuple[str, str]:
         """Add a panel, row 0 at the top; returns the names of its axes."""
@@ -711,7 +792,8 @@ class _Sheet:
         if title:
             self.titles.append(
                 {
-                    "text": _text(title), "showarrow": False, "xref": "paper", "yref": "paper",
+                    "text": _text(title).replace("\n", "<br>"), "align": "left",
+                    "showarrow": False, "xref": "paper", "yref": "paper",
                     "x": round(domains[0][0], 6), "y": round(top, 6), "xanchor": "left",
                     "yanchor": "bottom", "font": {"size": 13},
                 }
@@ -722,14 +804,16 @@ class _Sheet:
         """Make the figure: no fixed width, and no button that sends data away."""
         import plotly.graph_objects as go
 
-        heading = textwrap.wrap(_text(title), 72)
-        top = 14 + 20 * len(heading) + 34 * self.legend + 24 * bool(self.titles)
+        heading = textwrap.wrap(_text(title), 50)  # what a screen of 400 pixels holds
+        lines = max((1 + each["text"].count("<br>") for each in self.titles), default=0)
+        top = 14 + 20 * len(heading) + 6 * bool(lines) + 18 * lines
         plot = self.rows * (self.height + _BETWEEN) - _BETWEEN
+        below = 60 + 40 * self.legend + self.below
         layout = {
             "template": "none",
             "autosize": True,
-            "height": top + 60 + plot,
-            "margin": {"l": 60, "r": 20, "t": top, "b": 60},
+            "height": top + below + plot,
+            "margin": {"l": 60, "r": 20, "t": top, "b": below},
             "title": {
                 "text": "<br>".join(heading), "font": {"size": 14}, "x": 0.01, "y": 1,
                 "yref": "container", "yanchor": "top",
@@ -737,8 +821,8 @@ class _Sheet:
             },
             "font": {"family": "system-ui, sans-serif", "size": 12, "color": "#222"},
             "legend": {
-                "orientation": "h", "yanchor": "bottom", "x": 0,
-                "y": round(1 + (4 + 20 * bool(self.titles)) / plot, 6),
+                "orientation": "h", "yanchor": "top", "x": 0,
+                "y": round(-(64 + self.below) / plot, 6),
             },
             "modebar": {"remove": ["sendChartToCloud", "select2d", "lasso2d"]},
             "paper_bgcolor": "rgba(255,255,255,0)",

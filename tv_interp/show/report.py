@@ -26,7 +26,7 @@ from ..display import readable, tokens_html
 from ..errors import PromptError, TvInterpError
 from ..files import write_text
 from ..interventions.sites import Patch, Site, Variant
-from ..models.adapter import Adapter
+from ..models.adapter import Adapter, HookName
 from ..prompts import Prompts
 from ..scores import Scores
 from . import plots, views
@@ -233,6 +233,7 @@ def _circuit_page(report: CircuitReport, command: str | None) -> str:
         f"{len(report.circuit)} of {len(report.circuit.graph.edges)} edges "
         f"({report.size:.1%}) alone do {faithful} of what {s.get('model')} does on "
         f"{s.get('task')}, against corruption {kind}; all other edges do {outside}."
+        + _beyond(report.faithfulness.value, "edges outside of it")
     )
     if report.random:
         summary += (
@@ -348,7 +349,7 @@ def _summary(report: HeadReport) -> list[str]:
                     f"; {len(best.control)} sets of other heads: {_percent(min(best.control))} to "
                     f"{_percent(max(best.control))}"
                 )
-            out.append(text + ".")
+            out.append(f"{text}.{_beyond(e.recovered, 'heads outside of the set')}")
     asked = [h for h in report.writers if h.local_vector is not None]
     if asked:
         n = sum(bool(h.local_vector) for h in asked)
@@ -377,6 +378,13 @@ def _join(parts: Sequence[str]) -> str:
 
 def _percent(share: float) -> str:
     return re.sub(r"^-0%", "0%", f"{share:.0%}")
+
+
+def _beyond(share: float, others: str) -> str:
+    """Explain a share that is printed as more than the whole."""
+    if share <= 1.005:
+        return ""
+    return f" A share may exceed 100%: {others}, left as they were, work against the task."
 
 
 def _call(report: HeadReport) -> str:
@@ -475,7 +483,9 @@ def _attention(report: HeadReport) -> dict[str, Any] | None:
         return None
     adapter = Adapter.of(report.model)
     layers = sorted({h.site.layer for h in heads})
-    _, seen = adapter.read(prompts.tokens[row : row + 1, :n], [("pattern", i) for i in layers])
+    last: HookName = ("resid_post", adapter.n_layers - 1)
+    reads = [last, *(("pattern", i) for i in layers)]
+    _, seen = adapter.read(prompts.tokens[row : row + 1, :n], reads)
     pieces, roles = prompts.pieces(row), prompts.roles_of(row)
     shown = heads[: max(1, views.MAX_CELLS // (n * n))]
     pattern = {h.site: seen["pattern", h.site.layer][0, h.site.head].float().cpu() for h in heads}
@@ -505,7 +515,19 @@ def _attention(report: HeadReport) -> dict[str, Any] | None:
                 ),
             }
         )
-    return {"view": Markup(view.html), "looks": looks, "row": row, "text": prompts.texts[row]}
+    predicted = views.logits_view(
+        [*prompts.tokens[row, :n].tolist(), int(prompts.answer[row])],
+        adapter.logits(seen[last])[0],
+        lambda token: f" {prompts.tokenizer.decode([token]).strip()} ",
+        name="predicted",
+    )
+    return {
+        "view": Markup(view.html),
+        "looks": looks,
+        "predicted": Markup(predicted.html),
+        "row": row,
+        "text": prompts.texts[row],
+    }
 
 
 def _examples(prompts: Prompts) -> list[Any]:

@@ -14,7 +14,7 @@ import html
 import json
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -125,6 +125,58 @@ def token_view(
     return _view(figure, name)
 
 
+def logits_view(
+    ids: Sequence[int],
+    logits: Any,
+    to_string: Callable[[int], str],
+    *,
+    top: int = 5,
+    name: str | None = None,
+) -> View:
+    """Show the tokens of a prompt by how likely the model held them; pointing lists its best.
+
+    Redder: likelier. The first token, which nothing predicts, is not shown.
+
+    Args:
+        ids: The prompt's tokens, and after them the one that should come next.
+        logits: ``[pos, vocab]`` at the prompt's tokens.
+        to_string: From a token to its text, shown as it is; nothing in it runs.
+        top: How many of the likeliest tokens are listed.
+        name: Id of the element; None for one made from the content.
+
+    Raises:
+        TvInterpError: if there is not one row of finite logits for each token but the last, or an
+            id or ``top`` lies outside of the vocabulary.
+    """
+    import torch
+
+    values = _array(logits, "logits", 2)
+    n, size = values.shape
+    wanted = [int(each) for each in ids]
+    if len(wanted) != n + 1 or n == 0:
+        raise TvInterpError(
+            f"expected logits [pos, vocab] with a row for each of {len(wanted)} tokens but the "
+            f"last, which nothing follows, got {n}"
+        )
+    if not (1 <= top <= size and all(0 <= each < size for each in wanted)):
+        raise TvInterpError(
+            f"expected tokens from 0 to {size - 1} and top from 1 to {size}, the size of the "
+            f"vocabulary, got {max(wanted, key=abs)} and {top}"
+        )
+    from circuitsvis.logits import token_log_probs
+
+    likely = torch.from_numpy(values).log_softmax(-1)
+    figure = token_log_probs(
+        torch.tensor(wanted),
+        torch.cat([likely, likely[-1:]]),  # the last row is not used: nothing follows
+        # this component sets tokens as HTML
+        lambda token: html.escape(readable(to_string(token))),
+        top_k=top,
+    )
+    # the component leaves 350 pixels for its list, whatever is in it
+    return _view(figure, name, f"#{{}}>div{{{{padding-bottom:{110 + 25 * top}px !important}}}}")
+
+
 def bundle_script() -> str:
     """Write circuitsvis as one script element, to stand once in a page, before its views.
 
@@ -137,7 +189,7 @@ def bundle_script() -> str:
     )
 
 
-def _view(figure: Any, name: str | None) -> View:
+def _view(figure: Any, name: str | None, style: str = "") -> View:
     """Take component and data out of what circuitsvis made, and leave everything else."""
     match = _CALL.search(figure.cdn_src)
     try:
@@ -158,7 +210,7 @@ def _view(figure: Any, name: str | None) -> View:
     return View(
         # the enlarged head would else be as small as its labels leave it
         f'<style>#{name} div[style*="min("]{{width:100% !important;max-width:640px !important}}'
-        "</style>\n"
+        f"{style.format(name)}</style>\n"
         f'<div id="{name}" class="tv-view" style="max-width:760px">This figure needs JavaScript.'
         "</div>\n"
         "<script>(function(){var n=0;(function go(){"
@@ -207,7 +259,15 @@ def _attention_heatmap(
     figure = sheet.figure("")
     figure.layout.margin.t = 60
     figure.layout.updatemenus = [
-        {"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"}
+        {
+            "buttons": buttons,
+            "x": 0,
+            "xanchor": "left",
+            "y": 1.02,
+            "yanchor": "bottom",
+            "bgcolor": "#fff",
+            "bordercolor": "#bbb",
+        }
     ]
     name = _name(name, str(figure.to_json(engine="json")))
     return View(fragment(figure, name), "plotly", name)
@@ -221,7 +281,7 @@ def _name(name: str | None, content: str) -> str:
 
 
 def _array(values: Any, what: str, ndim: int) -> np.ndarray:
-    """Make an array of finite numbers, rounded to three digits after the point."""
+    """Make an array of finite numbers."""
     if hasattr(values, "detach"):
         values = values.detach().cpu().float().numpy()
     try:
