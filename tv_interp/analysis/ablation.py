@@ -30,12 +30,61 @@ Ablation = Literal["corrupted", "mean", "zero"]
 ABLATIONS: tuple[Ablation, ...] = ("corrupted", "mean", "zero")
 
 
+def check_ablation(ablation: str) -> None:
+    """Refuse an unknown ablation.
+
+    Raises:
+        UnknownName: if it is none of `ABLATIONS`.
+    """
+    if ablation not in ABLATIONS:
+        raise unknown("ablation", ablation, ABLATIONS)
+
+
+class Ablated:
+    """What senders write when they are ablated.
+
+    At a token: what the sender writes there in the corrupted run (``"corrupted"``), the mean of
+    that over the same tokens (role, demonstration, and place in its span) of all prompts
+    (``"mean"``), or nothing (``"zero"``).
+    """
+
+    def __init__(self, parts: Parts, runs: tuple[Run, Run], ablation: Ablation) -> None:
+        """Average over the tokens of the corrupted run, where means are asked for.
+
+        Args:
+            parts: The model.
+            runs: The clean and the corrupted run.
+            ablation: Which of the three.
+
+        Raises:
+            UnknownName: for an unknown ablation.
+        """
+        check_ablation(ablation)
+        self.parts, self.ablation = parts, ablation
+        self.prompts = runs[0].prompts
+        self.mean = _means(parts, runs[1]) if ablation == "mean" else None
+
+    def senders(
+        self, rows: Tensor, outputs: Outputs, other: Tape
+    ) -> Float[Tensor, "row pos sender d_model"]:
+        """Get it for some prompts.
+
+        Args:
+            rows: Which prompts.
+            outputs: What senders write in the run that is ablated.
+            other: The corrupted run of the same prompts.
+        """
+        if self.ablation == "zero":
+            return torch.zeros_like(outputs.senders)
+        if self.mean is not None:
+            return self.mean.at(self.prompts, rows, other.n_pos).to(outputs.senders)
+        return Outputs.of(self.parts, other).senders
+
+
 class EdgeRunner:
     """Prompts whose run can be made with any set of edges.
 
-    The ablated output of a sender at a token is what it writes there in the corrupted run
-    (``"corrupted"``), the mean of that over the same tokens (role, demonstration, and place in its
-    span) of all prompts (``"mean"``), or nothing (``"zero"``).
+    What edges carry that are not kept is `Ablated`.
     """
 
     def __init__(
@@ -60,21 +109,15 @@ class EdgeRunner:
         Raises:
             UnknownName: for an unknown ablation.
         """
-        if ablation not in ABLATIONS:
-            raise unknown("ablation", ablation, ABLATIONS)
         self.graph, self.parts, self.readout = graph, parts, readout
         clean, corrupted = runs
         self.batches: list[_Batch] = []
-        mean = _means(parts, corrupted) if ablation == "mean" else None
+        ablated = Ablated(parts, runs, ablation)
         for (rows, tape), (_, other) in zip(clean.tapes(), corrupted.tapes(), strict=True):
             for some in few_rows(parts.adapter, tape, clean.max_memory, 4 * graph.n_senders):
                 here = some_rows(tape, some)
                 outputs = Outputs.of(parts, here)
-                off = Outputs.of(parts, some_rows(other, some)).senders
-                if ablation == "zero":
-                    off = torch.zeros_like(off)
-                elif mean is not None:
-                    off = mean.at(clean.prompts, rows[some], tape.n_pos).to(off)
+                off = ablated.senders(rows[some], outputs, some_rows(other, some))
                 at = masks[rows[some], : tape.n_pos].to(off)
                 change = outputs.senders - off
                 self.batches.append(_Batch(rows[some], here, outputs.constant, off, change, at))

@@ -77,12 +77,16 @@ class Outputs:
         return cls(torch.cat(senders, 2), torch.stack(constant, 2), heads, mlps)
 
 
+Written = Callable[[Tensor, Outputs, Tape], Float[Tensor, "row pos sender d_model"]]
+
+
 def attribute(
     graph: RoleGraph,
     parts: Parts,
     runs: tuple[Run, Run],
     masks: Bool[Tensor, "prompt pos place"],
     readout: Readout,
+    ablated: Written,
     *,
     method: Gradient,
     points: Sequence[float],
@@ -96,6 +100,8 @@ def attribute(
         runs: The run whose gradient EAP takes, and the other.
         masks: The graph's places.
         readout: The metric.
+        ablated: What senders write instead, ``[row, pos, sender, d_model]``, given rows, what they
+            write in the first run, and the other run.
         method: ``"eap"``, ``"eap-ig"`` (inputs) or ``"eap-ig-activations"``.
         points: Where runs lie between the two, 0 at the first; EAP takes none.
         progress: Whether to show a bar.
@@ -117,17 +123,17 @@ def attribute(
             which = rows[some]
             at = masks[which, : tape.n_pos].to(adapter.device)
             step = _Step(graph, parts, here, at, readout, which)
-            ours, theirs = Outputs.of(parts, here), Outputs.of(parts, there)
-            change = theirs.senders - ours.senders
+            ours = Outputs.of(parts, here)
+            change = ablated(which, ours, there) - ours.senders
             found = np.zeros((len(which), len(graph.edges)))
             if method == "eap":
                 step.add(found, change, here.resid[0], 1.0)
             elif method == "eap-ig":
                 for a in points:
-                    between = torch.lerp(here.resid[0], there.resid[0], a)
+                    between = here.resid[0] + a * change[:, :, 0]
                     step.add(found, change, between, 1 / len(points))
             else:
-                for senders, swap in _groups(graph, here, there, ours, theirs):
+                for senders, swap in _groups(graph, here, ours, change):
                     part = torch.zeros_like(change)
                     part[:, :, senders] = change[:, :, senders]
                     for a in points:
@@ -140,24 +146,24 @@ def attribute(
 
 
 def _groups(
-    graph: RoleGraph, here: Tape, there: Tape, ours: Outputs, theirs: Outputs
+    graph: RoleGraph, here: Tape, ours: Outputs, change: Float[Tensor, "row pos sender d_model"]
 ) -> Iterator[tuple[slice, Callable[[float], tuple[Tensor, dict[HookName, Tensor]]]]]:
     """Go through what is interpolated by itself: the embedding, each layer's heads, each MLP."""
     x = here.resid[0]
-    yield slice(0, 1), lambda a: (torch.lerp(x, there.resid[0], a), {})
+    yield slice(0, 1), lambda a: (x + a * change[:, :, 0], {})
 
     def swap(
-        name: HookName, old: Tensor, new: Tensor
+        name: HookName, old: Tensor, senders: slice
     ) -> Callable[[float], tuple[Tensor, dict[HookName, Tensor]]]:
-        return lambda a: (x, {name: torch.lerp(old, new, a)})
+        return lambda a: (x, {name: old + a * change[:, :, senders].sum(2)})
 
     for layer in range(graph.n_layers):
         first = graph.below(layer)
         heads = slice(first, first + graph.n_heads)
-        yield heads, swap(("attn_out", layer), ours.heads[layer], theirs.heads[layer])
+        yield heads, swap(("attn_out", layer), ours.heads[layer], heads)
         if graph.has_mlp:
             mlp = slice(heads.stop, heads.stop + 1)
-            yield mlp, swap(("mlp_out", layer), ours.mlps[layer], theirs.mlps[layer])
+            yield mlp, swap(("mlp_out", layer), ours.mlps[layer], mlp)
 
 
 class _Step:
