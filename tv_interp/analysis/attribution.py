@@ -33,7 +33,7 @@ from tqdm import tqdm
 from ..interventions.recording import Run
 from ..models.adapter import Edit, HookName
 from ..models.finite import not_finite
-from ..models.parts import VIA, Parts
+from ..models.parts import VIA, Parts, Via
 from ..models.replay import Layout, Tape
 from ..scores.metrics import Readout
 from .gradients import Walk, few_rows, some_rows
@@ -207,13 +207,12 @@ class _Step:
         for layer in range(first, graph.n_layers):
             if layer in attends:
                 some = change[:, :, : graph.below(layer)]
-                read = self._add_heads(
-                    found, layer, some, walk.resid[layer], at["z", layer], weight
-                )
+                self._add_heads(found, layer, some, walk.resid[layer], at["z", layer], weight)
             if serial:
                 at_mlp = at["attn_out", layer] - at["resid_pre", layer + 1]
             elif graph.has_mlp and layer in attends:
-                at_mlp = at["resid_pre", layer] - at["resid_pre", layer + 1] - read
+                by_heads = self._onto_stream(layer, walk.resid[layer], at["z", layer])
+                at_mlp = at["resid_pre", layer] - at["resid_pre", layer + 1] - by_heads
             else:
                 continue
             some = change[:, :, : graph.below(layer, "mlp")]
@@ -237,34 +236,63 @@ class _Step:
         x: Float[Tensor, "row pos d_model"],
         at_z: Float[Tensor, "row pos head d_head"],
         weight: float,
-    ) -> Float[Tensor, "row pos d_model"]:
+    ) -> None:
         """Add the scores of the edges into a layer's heads, at all places where these are.
 
         Senders are fewer than heads at places, three ways in: what they change is taken through the
-        norm, rather than the gradients back through it.
-
-        Returns:
-            The gradient that reaches the residual stream through these heads.
+        norm, rather than the gradients back through it. A query is of its own place, so those of
+        all places are one gradient.
         """
-        graph = self.graph
+        graph, changed = self.graph, self._through_norm(layer, x, change)
         dests = [d for d in range(len(graph.places)) if graph.is_live(layer, d)]
-        at_normed, changed, back = torch.zeros_like(x), *self._through_norm(layer, x, change)
-        for via, gradient in zip(VIA, self._at_qkv(layer, x, at_z, dests), strict=True):
-            maps, _ = self.parts.weights(layer, via)
-            normed = torch.einsum("pbthe,hde->btphd", gradient, maps)
-            products = changed @ normed.flatten(2, 3).mT  # [row, pos, sender, dest and head]
-            products = torch.einsum("btsr,btp->bpsr", products, self.masks)
+        q, k, v = self._at_qkv(layer, x, at_z, dests)
+        products = self._into(layer, "q", changed, q.sum(0, keepdim=True))[:, :, :, 0]
+        where = np.arange(len(graph.places))
+        numbers = graph.numbers["q", layer][where, :, where]
+        _add(found, numbers, products, weight)
+        for via, gradient in (("k", k), ("v", v)):
             numbers = graph.numbers[via, layer][:, :, dests]
-            _add(found, numbers, products.unflatten(-1, numbers.shape[2:]), weight)
-            at_normed += normed.sum((2, 3))
-        return back(at_normed)
+            _add(found, numbers, self._into(layer, via, changed, gradient), weight)
+
+    def _into(
+        self,
+        layer: int,
+        via: Via,
+        changed: Float[Tensor, "row pos sender d_model"],
+        gradient: Float[Tensor, "dest row pos head d_head"],
+    ) -> Float[Tensor, "row place sender dest head"]:
+        """Multiply changes, taken through the norm, with gradients at q, k or v.
+
+        Whichever are fewer are mapped to where the others are.
+        """
+        maps, _ = self.parts.weights(layer, via)
+        if changed.shape[2] < len(gradient):
+            mapped = torch.einsum("btsd,hde->bthse", changed, maps)
+            products = mapped @ gradient.permute(1, 2, 3, 4, 0)  # [row, pos, head, sender, dest]
+            products = products.permute(0, 1, 3, 4, 2)
+        else:
+            normed = torch.einsum("pbthe,hde->btphd", gradient, maps)
+            products = (changed @ normed.flatten(2, 3).mT).unflatten(3, normed.shape[2:4])
+        return torch.einsum("btsph,btq->bqsph", products, self.masks)
+
+    def _onto_stream(
+        self,
+        layer: int,
+        x: Float[Tensor, "row pos d_model"],
+        at_z: Float[Tensor, "row pos head d_head"],
+    ) -> Float[Tensor, "row pos d_model"]:
+        """Get the gradient that reaches the residual stream through a layer's heads."""
+        x, layout = x.clone().requires_grad_(True), Layout.suffix(0, x.shape[1])
+        adapter = self.parts.adapter
+        z = adapter.block(self.tape, layer, x, layout, until="z", gradients="on")
+        return torch.autograd.grad(z, x, at_z)[0]
 
     def _through_norm(
         self, layer: int, x: Float[Tensor, "row pos d_model"], change: Tensor
-    ) -> tuple[Float[Tensor, "row pos sender d_model"], Callable[[Tensor], Tensor]]:
-        """Apply the Jacobian of the norm in front of attention; get its transpose as a function.
+    ) -> Float[Tensor, "row pos sender d_model"]:
+        """Apply the Jacobian of the norm in front of attention.
 
-        The transpose is linear in the gradient that it is given, so its derivative by that is the
+        Its transpose is linear in the gradient that it is given, so its derivative by that is the
         Jacobian.
         """
         inputs, given = x.clone().requires_grad_(True), torch.zeros_like(x, requires_grad=True)
@@ -272,10 +300,8 @@ class _Step:
         with torch.enable_grad():
             (back,) = torch.autograd.grad(out, inputs, given, create_graph=True)
         batch = change.movedim(2, 0)
-        (changed,) = torch.autograd.grad(
-            back, given, batch, retain_graph=True, is_grads_batched=True
-        )
-        return changed.movedim(0, 2), lambda g: torch.autograd.grad(out, inputs, g)[0]
+        (changed,) = torch.autograd.grad(back, given, batch, is_grads_batched=True)
+        return changed.movedim(0, 2)
 
     def _at_qkv(
         self, layer: int, x: Tensor, at_z: Tensor, dests: Sequence[int]
