@@ -175,7 +175,7 @@ class EdgeRunner:
         graph, parts, tape = self.graph, self.parts, batch.tape
         off, constant, at = batch.off, batch.constant, batch.at
         change = batch.change[None, :, :, : graph.below(first)]
-        extra = constant[:, :, :first].sum(2)  # what no sender wrote
+        extra = constant[:first].sum(0)  # what no sender wrote
         for layer in range(first, graph.n_layers):
             n = graph.below(layer)
             plain = off[:, :, :n].sum(2) + extra
@@ -184,13 +184,13 @@ class EdgeRunner:
             change = _join(change, heads - off[:, :, n : n + graph.n_heads])
             if graph.has_mlp:
                 n_read = graph.below(layer, "mlp")
-                added = constant[:, :, layer] if graph.order == "serial" else 0
+                added = constant[layer] if graph.order == "serial" else 0
                 plain = off[:, :, :n_read].sum(2) + extra + added
                 x = plain + self._kept(keep["mlp", layer], change[..., :n_read, :], at)
                 out = parts.mlp(tape, layer, x.flatten(0, 1)).view(x.shape)
                 number = graph.below(layer + 1) - 1
                 change = _join(change, (out - off[:, :, number])[..., None, :])
-            extra = extra + constant[:, :, layer]
+            extra = extra + constant[layer]
         x = off.sum(2) + extra + self._kept(keep["logits", graph.n_layers], change, at)
         x = x.expand(len(keep["logits", graph.n_layers]), *x.shape[1:])
         logits = parts.adapter.logits(x[:, :, -1:].flatten(0, 1))
@@ -283,7 +283,7 @@ class _Batch(NamedTuple):
 
     rows: Tensor
     tape: Tape
-    constant: Float[Tensor, "row pos layer d_model"]
+    constant: Float[Tensor, "layer d_model"]
     off: Float[Tensor, "row pos sender d_model"]
     change: Float[Tensor, "row pos sender d_model"]
     at: Float[Tensor, "row pos place"]

@@ -48,33 +48,38 @@ class Outputs:
 
     Attributes:
         senders: ``[row, pos, sender, d_model]`` in the graph's order.
-        constant: What each layer adds besides (attention biases), ``[row, pos, layer, d_model]``.
+        constant: What each layer adds besides, attention's bias, ``[layer, d_model]``.
         heads: What attention adds as a whole, layer by layer.
         mlps: What MLPs add.
     """
 
     senders: Float[Tensor, "row pos sender d_model"]
-    constant: Float[Tensor, "row pos layer d_model"]
+    constant: Float[Tensor, "layer d_model"]
     heads: list[Float[Tensor, "row pos d_model"]]
     mlps: list[Float[Tensor, "row pos d_model"]]
 
     @classmethod
     def of(cls, parts: Parts, tape: Tape) -> Outputs:
-        """Compute them from a recorded run."""
-        senders, constant = [tape.resid[0][:, :, None]], []
-        heads, mlps = [], []
-        for layer in parts.adapter.layers:
-            names: list[HookName] = [("attn_out", layer)]
-            names += [("mlp_out", layer)] * parts.has_mlp
-            seen = parts.adapter.read_block(tape, layer, names)
-            each = parts.writes(layer, tape.z[layer])
-            heads.append(seen["attn_out", layer])
-            senders.append(each)
-            constant.append(heads[-1] - each.sum(2))
+        """Compute them from a recorded run.
+
+        What an MLP adds is what the residual stream changes by, attention's part apart; in half
+        precision, where little would be left of it, its block runs again.
+        """
+        adapter, resid = parts.adapter, tape.resid
+        senders, heads, mlps = [resid[0][:, :, None]], [], []
+        biases = [parts.bias(layer) for layer in adapter.layers]
+        is_half = resid[0].dtype in (torch.bfloat16, torch.float16)
+        for layer in adapter.layers:
+            senders.append(parts.writes(layer, tape.z[layer]))
+            heads.append(senders[-1].sum(2) + biases[layer])
             if parts.has_mlp:
-                mlps.append(seen["mlp_out", layer])
+                name: HookName = ("mlp_out", layer)
+                if is_half:
+                    mlps.append(adapter.read_block(tape, layer, [name])[name])
+                else:
+                    mlps.append(resid[layer + 1] - resid[layer] - heads[-1])
                 senders.append(mlps[-1][:, :, None])
-        return cls(torch.cat(senders, 2), torch.stack(constant, 2), heads, mlps)
+        return cls(torch.cat(senders, 2), torch.stack(biases), heads, mlps)
 
 
 Written = Callable[[Tensor, Outputs, Tape], Float[Tensor, "row pos sender d_model"]]
@@ -250,7 +255,7 @@ class _Step:
         where = np.arange(len(graph.places))
         numbers = graph.numbers["q", layer][where, :, where]
         _add(found, numbers, products, weight)
-        for via, gradient in (("k", k), ("v", v)):
+        for via, gradient in zip(VIA[1:], (k, v), strict=True):
             numbers = graph.numbers[via, layer][:, :, dests]
             _add(found, numbers, self._into(layer, via, changed, gradient), weight)
 
@@ -271,8 +276,14 @@ class _Step:
             products = mapped @ gradient.permute(1, 2, 3, 4, 0)  # [row, pos, head, sender, dest]
             products = products.permute(0, 1, 3, 4, 2)
         else:
-            normed = torch.einsum("pbthe,hde->btphd", gradient, maps)
-            products = (changed @ normed.flatten(2, 3).mT).unflatten(3, normed.shape[2:4])
+            gradient = gradient.movedim(0, 2)
+            flat = gradient.flatten(0, 2)
+            normed = flat.new_empty(*flat.shape[:2], changed.shape[-1])
+            for head, to_normed in enumerate(maps.mT):  # each written where it belongs
+                torch.mm(flat[:, head], to_normed, out=normed[:, head])
+            shape = gradient.shape[:2], gradient.shape[2:4]
+            products = changed @ normed.view(*shape[0], -1, changed.shape[-1]).mT
+            products = products.unflatten(3, shape[1])
         return torch.einsum("btsph,btq->bqsph", products, self.masks)
 
     def _onto_stream(
