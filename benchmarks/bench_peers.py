@@ -15,7 +15,10 @@ checkpoint (random weights, GPT-2 architecture, 4 layers of 8 heads, d 256) and 
 * **EAP-IG**, with ``--eap-ig PATH`` to a checkout and TransformerLens 3.9: `attribute` by EAP.
 
 Time is CPU seconds of one thread, the best of three; memory is the peak above what the process held
-with model and prompts, in the first run.
+with model and prompts, in the first run. To sum over places and to name edges alike is not counted.
+
+Below the table: what scores of all edges by role take on the reference model, by EAP, EAP-IG and,
+between heads, by exact patching.
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ PINS = (
 )  # fmt: skip
 SIZE = dict(n_layers=4, n_head=8, n_embd=256, n_inner=1024, d_vocab=1000, n_ctx=64)
 N_PROMPTS, N_DEMOS, REPEATS = 16, 12, 3
+Values = dict[str, float]
 NAMES = {
     "ours": "tv_interp",
     "split": "split hooks, TransformerLens 3.9",
@@ -102,7 +106,7 @@ def hooked(where: Path):
     return model.eval()
 
 
-# ------------------------------------------------- one function a library: what to time, its scores
+# ----------------------------------- one function a library: what to time, how to read its scores
 
 
 def ours(where: Path):
@@ -110,15 +114,15 @@ def ours(where: Path):
 
     _, _, model, contrast = a_case()
 
-    def scores() -> dict[str, float]:
-        found: dict[str, float] = {}
-        mean = tv.score_edges(model, contrast, method="eap").mean()
+    def read(scores) -> Values:
+        found: Values = {}
+        mean = scores.mean()
         for edge, value in zip(mean.edge.values.tolist(), mean.values.tolist(), strict=True):
             key = "->".join(end.split("@")[0] for end in edge.split("->"))
             found[key] = found.get(key, 0.0) + value
         return found
 
-    return scores
+    return lambda: tv.score_edges(model, contrast, method="eap"), read
 
 
 def split(where: Path):
@@ -132,7 +136,7 @@ def split(where: Path):
     for la in layers:
         senders += [*(f"L{la}H{h}" for h in heads), f"L{la}.mlp"]
 
-    def read(tokens, gradients: bool):
+    def run(tokens, gradients: bool):
         kept, inputs = [], {}
 
         def send(x, hook):
@@ -156,10 +160,10 @@ def split(where: Path):
                 logit_diffs(logits, answer, foil).sum().backward()
         return torch.cat(kept, 2), {k: x.grad for k, x in inputs.items()}
 
-    def scores() -> dict[str, float]:
-        new, _ = read(corrupted, False)
-        old, gradients = read(clean, True)
-        change, found = (old - new) / len(clean), {}
+    def work():
+        new, _ = run(corrupted, False)
+        old, gradients = run(clean, True)
+        change, tables = (old - new) / len(clean), []
         for name, gradient in gradients.items():
             la = int(name.split(".")[1])
             what = name.rsplit("_", 2)[-2:][0]
@@ -173,12 +177,18 @@ def split(where: Path):
             else:
                 table = torch.einsum("bpsd,bphd->sh", change[:, :, :n], gradient)
                 to = [f"L{la}H{h}.{what}" for h in heads]
+            tables.append((to, table))
+        model.zero_grad()
+        return tables
+
+    def read(tables) -> Values:
+        found: Values = {}
+        for to, table in tables:
             for i, row in enumerate(table.tolist()):
                 found |= {f"{senders[i]}->{to[j]}": value for j, value in enumerate(row)}
-        model.zero_grad()
         return found
 
-    return scores
+    return work, read
 
 
 def tl4(where: Path):
@@ -205,8 +215,8 @@ def tl4(where: Path):
         head = "" if node.head is None else f"H{node.head}"
         return f"L{node.layer}{head}{short[node.kind]}"
 
-    def scores() -> dict[str, float]:
-        found: dict[str, float] = {}
+    def work():
+        found = []
         for i in range(len(clean)):
 
             def metric(logits, i=i):
@@ -214,15 +224,19 @@ def tl4(where: Path):
                 return last[answer[i]] - last[foil[i]]
 
             # theirs takes the gradient where it calls a run corrupt, so the two change places
-            result = theirs.attribution_patch(
-                model, corrupted[i : i + 1], clean[i : i + 1], metric, config
-            )
+            pair = corrupted[i : i + 1], clean[i : i + 1]
+            found.append(theirs.attribution_patch(model, *pair, metric, config))
+        return found
+
+    def read(results) -> Values:
+        found: Values = {}
+        for result in results:
             for (writer, reader), value in result.edge_scores.items():
                 key = f"{name(writer)}->{name(reader)}"
                 found[key] = found.get(key, 0.0) - float(value) / len(clean)
         return found
 
-    return scores
+    return work, read
 
 
 def auto_circuit(where: Path):
@@ -248,23 +262,25 @@ def auto_circuit(where: Path):
         layer, head, *via = text[1:].split(".")
         return f"L{layer}H{head}" + "".join(f".{v.lower()}" for v in via)
 
-    def scores() -> dict[str, float]:
+    def work():
         found = mask_gradient_prune_scores(
             patchable, loader, None, "logit", "avg_diff", mask_val=0.0
         )
         patchable.zero_grad()
+        return found
+
+    def read(found) -> Values:
         # theirs is the gradient of minus the metric by how much of the edge is corrupted
         return {
             f"{name(e.src)}->{name(e.dest)}": float(e.prune_score(found)) for e in patchable.edges
         }
 
-    return scores
+    return work, read
 
 
 def eap_ig(where: Path):
-    import functools
-
-    import transformer_lens  # noqa: F401
+    zeros = torch.zeros  # theirs asks for CUDA by name
+    torch.zeros = lambda *size, device=None, **options: zeros(*size, **options)
     from eap.attribute import attribute
     from eap.graph import Graph
 
@@ -290,17 +306,20 @@ def eap_ig(where: Path):
         layer, head = text[1:].split(".h")
         return f"L{layer}H{head}"
 
-    def scores() -> dict[str, float]:
+    def work():
         graph = Graph.from_model(model)
-        attribute(model, graph, batches, functools.partial(metric), method="EAP", quiet=True)
-        found = {}
+        attribute(model, graph, batches, metric, method="EAP", quiet=True)
+        return graph
+
+    def read(graph) -> Values:
+        found: Values = {}
         for edge in graph.edges.values():
             via = "" if edge.qkv is None else f".{edge.qkv}"
             key = f"{name(edge.parent.name)}->{name(edge.child.name)}{via}"
             found[key] = -float(edge.score)
         return found
 
-    return scores
+    return work, read
 
 
 LIBRARIES = {
@@ -311,16 +330,17 @@ LIBRARIES = {
 def run_one(library: str, where: Path) -> None:
     """Run one library in this process, and write what it took and its scores."""
     torch.set_num_threads(1)
-    scores = LIBRARIES[library](where)
+    work, read = LIBRARIES[library](where)
     before = resident()
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    seconds, found = [], {}
+    seconds = []
     for i in range(REPEATS):
         start = time.process_time()
-        found = scores()
+        result = work()
         seconds.append(time.process_time() - start)
         if i == 0:
             peak = resident("VmHWM") - before
+    found = read(result)
     names = sorted(found)
     values = np.array([found[name] for name in names])
     np.savez(where / f"{library}.npz", names=names, values=values, s=min(seconds), mb=peak)
@@ -330,6 +350,29 @@ def resident(what: str = "VmRSS") -> float:
     """Memory of this process in MB: now, or at its peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(float(line.split()[1]) for line in lines if line.startswith(what)) / 1024
+
+
+def on_reference() -> str:
+    """Time the scores of edges by role on the reference model: EAP of all, exact between heads."""
+    from harness import cpu
+
+    import tv_interp as tv
+
+    model = tv.load_model("reference")
+    prompts = tv.make_prompts(model, "country-capital", n_demos=8, n_prompts=64)
+    contrast = prompts.corrupt("task")
+    graph = tv.RoleGraph.of(model, prompts)
+    heads = [node for node in graph.nodes if "H" in node]
+    edges = graph.between(heads, heads)
+    lines = ["| reference model, 64 prompts of 8 demonstrations | edges | CPU s |", "|---|---|---|"]
+    for title, options, n in (
+        ("EAP, all edges by role", dict(method="eap"), len(graph.edges)),
+        ("EAP-IG, 5 midpoints", dict(method="eap-ig"), len(graph.edges)),
+        ("exact, head to head", dict(method="exact", edges=edges), len(edges)),
+    ):
+        _, seconds = cpu(lambda options=options: tv.score_edges(model, contrast, **options))
+        lines.append(f"| {title} | {n} | {seconds:.1f} |")
+    return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------------ the command
@@ -384,6 +427,7 @@ def main() -> None:
         pythons["eap-ig"] = Path(sys.executable)
     from harness import provenance, write_section
 
+    torch.set_num_threads(1)
     where = Path(tempfile.mkdtemp())
     save_case(where)
     about, done = provenance(), []
@@ -398,6 +442,7 @@ def main() -> None:
         else:
             done.append(name)
     text = f"{N_PROMPTS} prompts of {1 + 3 * N_DEMOS + 2} tokens. {about}\n\n{table(where, done)}"
+    text += f"\n\n{on_reference()}"
     print(text)
     if given.write:
         write_section("bench_peers.py", text)

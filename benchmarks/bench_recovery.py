@@ -3,6 +3,7 @@
     python benchmarks/bench_recovery.py                  # 50 circuits, about five minutes
     python benchmarks/bench_recovery.py --circuits 8     # a glance
     python benchmarks/bench_recovery.py --write          # and the tables of README.md
+    python benchmarks/bench_recovery.py --circuits 0     # programs compiled by tracr alone
 
 Circuits are `draw_circuit(seed)` for seeds from 0 on: each a model with its task, its true nodes
 and edges, and decoys. The truth is stated for ablation by the corrupted run under one of the
@@ -22,6 +23,10 @@ midpoints), by which a node's score is the sum of the absolute scores of the edg
 Saliency, attention weight and knock-out score a head at a role by its largest value over the roles
 that it attends to, `<bos>` left out. An edge is not run where the receiver's first weights map its
 message to 0. Times are CPU seconds a circuit of this process on one thread.
+
+Beside them two programs compiled by tracr, whose truths `compile_tracr.py` derives from tracr's own
+weights and runs: one for ablation by the corrupted run, one for ablation by zero. Methods ablate in
+either way and are held against either truth.
 """
 
 from __future__ import annotations
@@ -45,6 +50,7 @@ import torch  # noqa: E402
 from edges_by_hand import EdgesByHand  # noqa: E402
 from harness import cpu, keep, provenance, write_section  # noqa: E402
 from scipy.stats import rankdata  # noqa: E402
+from tracr_models import PROGRAMS, compiled  # noqa: E402
 
 import tv_interp as tv  # noqa: E402
 from tv_interp.analysis.common import DIRECTIONS, Experiment  # noqa: E402
@@ -91,11 +97,13 @@ class Contest:
     """One circuit under one corruption, and what each method makes of it."""
 
     def __init__(self, case, corruption: str) -> None:
-        self.model, self.truth = case.model, case.truths[corruption]
         clean = tv.make_prompts(case.model, case.task, n_demos=N_DEMOS, n_prompts=N_PROMPTS)
-        self.contrast = clean.corrupt(corruption)
-        self.recorded = tv.record(case.model, self.contrast)
-        self.graph = RoleGraph.of(case.model, clean)
+        self.start(case.model, clean.corrupt(corruption), case.truths[corruption], "corrupted")
+
+    def start(self, model, contrast: tv.Contrast, truth, ablation: str) -> None:
+        self.model, self.contrast, self.truth, self.ablation = model, contrast, truth, ablation
+        self.recorded = tv.record(model, contrast)
+        self.graph = RoleGraph.of(model, contrast.clean)
         self.nodes = self.graph.nodes[:-1]
         assert self.truth.nodes <= set(self.nodes) and self.truth.edges <= set(self.graph.edges)
         self.known: dict[str, Values] = {}
@@ -167,6 +175,8 @@ class Contest:
             value, before = (
                 side[component, layer][row, at][..., *head, :] for side in (there, here)
             )
+            if self.ablation == "zero":
+                value = torch.zeros_like(value)
             if (value - before).abs().max() > MOVED:
                 site = Site(layer, head[0] if head else None, component, role)
                 found[node] = Patch(site, value)
@@ -186,6 +196,7 @@ class Contest:
             self.contrast,
             method=method,
             direction=direction,
+            ablation=self.ablation,
             recorded=self.recorded,
             **options,
         ).mean()
@@ -224,6 +235,18 @@ class Contest:
                 table = np.abs(score(dest, src))
                 found.append({f"L{la}H{h}@{dest}": v for (la, h), v in np.ndenumerate(table)})
         return largest(*found)
+
+
+class Compiled(Contest):
+    """A program compiled by tracr: its truth for one ablation, and methods that use another."""
+
+    def __init__(self, program: str, stated_for: str, ablation: str) -> None:
+        case = compiled(program, N_PROMPTS)
+        self.start(case.model, case.contrast, case.truths[stated_for], ablation)
+
+    def exact_edges(self, direction: str) -> Values:
+        """Effects of exchanging each edge, all of them."""
+        return self.edges("exact", direction)
 
 
 def largest(*scores: Values) -> Values:
@@ -319,13 +342,59 @@ def judge_circuit(seed: int) -> dict:
     )
 
 
+def judge_programs() -> list[dict]:
+    """Judge methods on the compiled programs, under both ablations and against both truths."""
+    rows = []
+    for program, truth, ablation in itertools.product(PROGRAMS, STATED_FOR, STATED_FOR):
+        contest = Compiled(program, truth, ablation)
+        rows.append(
+            dict(
+                program=program,
+                truth=truth,
+                ablation=ablation,
+                edges=len(contest.graph.edges),
+                true_edges=len(contest.truth.edges),
+                methods=judge(contest, OF_PROGRAMS),
+            )
+        )
+    return rows
+
+
 # ------------------------------------------------------------------------------------- the table
 
 COLUMNS = ("heads AUC", "nodes AUC", "nodes AP", "edges AUC", "edges AP")
+STATED_FOR = ("corrupted", "zero")
+OF_PROGRAMS = ("exact, noise", "EAP", "EAP-IG")
 
 
 def table(result: dict) -> str:
-    """All groups as Markdown."""
+    """All groups as Markdown, then the compiled programs."""
+    return "\n\n".join([table_of_circuits(result), table_of_programs(result["tracr"])])
+
+
+def table_of_programs(rows: list[dict]) -> str:
+    columns = [(ablation, what) for ablation in STATED_FOR for what in COLUMNS[1:]]
+    lines = [
+        "**Programs compiled by tracr**: under either ablation, against the truth of either.",
+        "",
+        "| program | truth for | true edges | method | "
+        + " | ".join(f"{what}, {ablation}" for ablation, what in columns)
+        + " |",
+        "|---|" + "---|" * (3 + len(columns)),
+    ]
+    for program, truth, method in itertools.product(PROGRAMS, STATED_FOR, OF_PROGRAMS):
+        of = {
+            row["ablation"]: row
+            for row in rows
+            if (row["program"], row["truth"]) == (program, truth)
+        }
+        size = "{true_edges} of {edges}".format(**of[truth])
+        cells = [f"{of[ablation]['methods'][method][what]:.3f}" for ablation, what in columns]
+        lines.append(" | ".join([f"| {program}", truth, size, method, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def table_of_circuits(result: dict) -> str:
     lines = [result["provenance"], ""]
     for title, kinds in GROUPS.items():
         rows = [row for row in result["circuits"] if row["settings"]["redundancy"] in kinds]
@@ -359,21 +428,25 @@ def interval(values: list[float | None]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--circuits", type=int, default=50)
+    parser.add_argument("--circuits", type=int, default=50, help="0: leave them as they are")
     parser.add_argument("--write", action="store_true", help="keep the result, remake README.md")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     where = provenance()
-    circuits, seconds = cpu(lambda: measure(given.circuits))
-    about = f"Seeds 0 to {len(circuits) - 1}, {N_PROMPTS} prompts of {N_DEMOS} demonstrations, "
-    about += f"{seconds / 60:.1f} minutes of CPU in all. {where}"
-    result = {"provenance": about, "circuits": circuits}
+    result: dict = {"tracr": judge_programs()}
+    if given.circuits:
+        circuits, seconds = cpu(lambda: measure(given.circuits))
+        about = f"Seeds 0 to {len(circuits) - 1}, {N_PROMPTS} prompts of {N_DEMOS} demonstrations, "
+        about += f"{seconds / 60:.1f} minutes of CPU in all. {where}"
+        result |= {"provenance": about, "circuits": circuits}
     if given.write:
-        keep("recovery.json", result)
-        write_section("bench_recovery.py", table(result))
-    print(json.dumps(result, indent=2) if given.json else "\n" + table(result))
+        write_section("bench_recovery.py", table(keep("recovery.json", result)))
+    if given.json:
+        print(json.dumps(result, indent=2))
+    else:
+        print("\n" + (table(result) if given.circuits else table_of_programs(result["tracr"])))
 
 
 if __name__ == "__main__":

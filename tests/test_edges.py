@@ -42,14 +42,24 @@ def written(model, tokens, sender, arch):
     return own / each.sum(1) * out if arch in POST_NORM else own
 
 
-def edge_effect(model, contrast, i, edge, arch, direction="noise", scale=1.0, x0=None):
+def written_instead(model, donor, i, sender, arch, ablation):
+    """What a sender writes when ablated; means are over prompts of equal length and roles."""
+    if ablation == "corrupted":
+        return written(model, naive.tokens_of(donor, i), sender, arch)
+    each = [written(model, naive.tokens_of(donor, j), sender, arch) for j in range(len(donor))]
+    return torch.stack(each).mean(0) * (ablation == "mean")
+
+
+def edge_effect(
+    model, contrast, i, edge, arch, direction="noise", scale=1.0, x0=None, ablation="corrupted"
+):
     """Effect of patching one edge in prompt i; ``x0`` replaces the embeddings of the base run."""
     base, donor, sign = naive.sides(contrast, direction)
     tokens = naive.tokens_of(base, i)
     sender, receiver = split_edge(edge)
     name, place = sender.split("@")
     here = naive.tokens_with(base, i, place)
-    new = written(model, naive.tokens_of(donor, i), name, arch)
+    new = written_instead(model, donor, i, name, arch, ablation)
     change = torch.zeros_like(new)
     change[here] = scale * (new - written(model, tokens, name, arch))[here]
     start = [] if x0 is None else [("blocks.0.hook_resid_pre", lambda a: x0[None])]
@@ -136,6 +146,41 @@ def test_eap_is_the_derivative_of_patching_an_edge(arch, kind):
         expected = (ends[0] - ends[1]) / (2 * step)
     assert expected.abs().max() > 1e-3, "nothing to compare"
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=2e-7)
+
+
+@pytest.mark.parametrize(("arch", "ablation"), [("llama", "mean"), ("gemma2", "zero")])
+def test_edges_under_other_ablations(arch, ablation):
+    """What an edge carries instead is its sender's mean, or nothing: exact, and its derivative."""
+    model, step = tiny_model(arch, KIND, torch.float64), 1e-5
+    with precise(torch.float64):
+        contrast = a_contrast(arch, KIND, "plain")
+        edges = some_edges(RoleGraph.of(model, contrast.clean), 1, seed=7)
+        how = dict(direction="noise", ablation=ablation)
+        exact = tv.score_edges(model, contrast, method="exact", edges=edges, **how)
+        expected = table(model, contrast, edges, arch, **how)
+        agree("exact edges", exact.data.sel(edge=edges), expected, torch.float64)
+        found = tv.score_edges(model, contrast, method="eap", edges=edges, **how).data
+        ends = [table(model, contrast, edges, arch, scale=s, **how) for s in (step, -step)]
+        expected = (ends[0] - ends[1]) / (2 * step)
+    assert expected.abs().max() > 1e-3, "nothing to compare"
+    np.testing.assert_allclose(found.sel(edge=edges), expected, rtol=1e-4, atol=2e-7)
+    assert exact.attrs["ablation"] == ablation
+
+
+def test_the_total_is_that_of_the_ablation():
+    """What is lost when nothing carries anything, and not what the corrupted run loses."""
+    model = tiny_model("llama", KIND, torch.float64)
+    with precise(torch.float64):
+        contrast = a_contrast("llama", KIND, "plain")
+        zero = tv.score_edges(model, contrast, method="eap", ablation="zero")
+        for i in range(len(contrast)):
+            tokens, layers = naive.tokens_of(contrast.clean, i), range(model.cfg.n_layers)
+            plain = naive.logit_diff(naive.run(model, tokens), contrast.clean, i)
+            names = ["blocks.0.hook_resid_pre"]
+            names += [f"blocks.{la}.hook_{what}_out" for la in layers for what in ("attn", "mlp")]
+            silent = [(name, torch.zeros_like) for name in names]
+            none = naive.logit_diff(naive.run(model, tokens, silent), contrast.clean, i)
+            assert zero.total[i] == pytest.approx(float(plain - none), abs=1e-9)
 
 
 @pytest.mark.parametrize("quadrature", ["midpoint", "left"])
@@ -246,6 +291,11 @@ def test_what_edges_cannot_do_is_refused():
     for settings, message in (
         (dict(method="eep"), "unknown method 'eep': did you mean 'eap'"),
         (dict(quadrature="right"), "unknown quadrature 'right'"),
+        (dict(ablation="zeros"), "unknown ablation 'zeros': did you mean 'zero'"),
+        (
+            dict(ablation="mean", direction="denoise"),
+            "so direction must be \"noise\", got 'denoise'",
+        ),
         (dict(n_steps=0), "expected n_steps of 1 or more, got 0"),
         (dict(metric="accuracy"), "metric 'accuracy' is not differentiable"),
         (

@@ -30,12 +30,61 @@ Ablation = Literal["corrupted", "mean", "zero"]
 ABLATIONS: tuple[Ablation, ...] = ("corrupted", "mean", "zero")
 
 
+def check_ablation(ablation: str) -> None:
+    """Refuse an unknown ablation.
+
+    Raises:
+        UnknownName: if it is none of `ABLATIONS`.
+    """
+    if ablation not in ABLATIONS:
+        raise unknown("ablation", ablation, ABLATIONS)
+
+
+class Ablated:
+    """What senders write when they are ablated.
+
+    At a token: what the sender writes there in the corrupted run (``"corrupted"``), the mean of
+    that over the same tokens (role, demonstration, and place in its span) of all prompts
+    (``"mean"``), or nothing (``"zero"``).
+    """
+
+    def __init__(self, parts: Parts, runs: tuple[Run, Run], ablation: Ablation) -> None:
+        """Average over the tokens of the corrupted run, where means are asked for.
+
+        Args:
+            parts: The model.
+            runs: The clean and the corrupted run.
+            ablation: Which of the three.
+
+        Raises:
+            UnknownName: for an unknown ablation.
+        """
+        check_ablation(ablation)
+        self.parts, self.ablation = parts, ablation
+        self.prompts = runs[0].prompts
+        self.mean = _means(parts, runs[1]) if ablation == "mean" else None
+
+    def senders(
+        self, rows: Tensor, outputs: Outputs, other: Tape
+    ) -> Float[Tensor, "row pos sender d_model"]:
+        """Get it for some prompts.
+
+        Args:
+            rows: Which prompts.
+            outputs: What senders write in the run that is ablated.
+            other: The corrupted run of the same prompts.
+        """
+        if self.ablation == "zero":
+            return torch.zeros_like(outputs.senders)
+        if self.mean is not None:
+            return self.mean.at(self.prompts, rows, other.n_pos).to(outputs.senders)
+        return Outputs.of(self.parts, other).senders
+
+
 class EdgeRunner:
     """Prompts whose run can be made with any set of edges.
 
-    The ablated output of a sender at a token is what it writes there in the corrupted run
-    (``"corrupted"``), the mean of that over the same tokens (role, demonstration, and place in its
-    span) of all prompts (``"mean"``), or nothing (``"zero"``).
+    What edges carry that are not kept is `Ablated`.
     """
 
     def __init__(
@@ -60,21 +109,15 @@ class EdgeRunner:
         Raises:
             UnknownName: for an unknown ablation.
         """
-        if ablation not in ABLATIONS:
-            raise unknown("ablation", ablation, ABLATIONS)
         self.graph, self.parts, self.readout = graph, parts, readout
         clean, corrupted = runs
         self.batches: list[_Batch] = []
-        mean = _means(parts, corrupted) if ablation == "mean" else None
+        ablated = Ablated(parts, runs, ablation)
         for (rows, tape), (_, other) in zip(clean.tapes(), corrupted.tapes(), strict=True):
             for some in few_rows(parts.adapter, tape, clean.max_memory, 4 * graph.n_senders):
                 here = some_rows(tape, some)
                 outputs = Outputs.of(parts, here)
-                off = Outputs.of(parts, some_rows(other, some)).senders
-                if ablation == "zero":
-                    off = torch.zeros_like(off)
-                elif mean is not None:
-                    off = mean.at(clean.prompts, rows[some], tape.n_pos).to(off)
+                off = ablated.senders(rows[some], outputs, some_rows(other, some))
                 at = masks[rows[some], : tape.n_pos].to(off)
                 change = outputs.senders - off
                 self.batches.append(_Batch(rows[some], here, outputs.constant, off, change, at))
@@ -132,7 +175,7 @@ class EdgeRunner:
         graph, parts, tape = self.graph, self.parts, batch.tape
         off, constant, at = batch.off, batch.constant, batch.at
         change = batch.change[None, :, :, : graph.below(first)]
-        extra = constant[:, :, :first].sum(2)  # what no sender wrote
+        extra = constant[:first].sum(0)  # what no sender wrote
         for layer in range(first, graph.n_layers):
             n = graph.below(layer)
             plain = off[:, :, :n].sum(2) + extra
@@ -141,13 +184,13 @@ class EdgeRunner:
             change = _join(change, heads - off[:, :, n : n + graph.n_heads])
             if graph.has_mlp:
                 n_read = graph.below(layer, "mlp")
-                added = constant[:, :, layer] if graph.order == "serial" else 0
+                added = constant[layer] if graph.order == "serial" else 0
                 plain = off[:, :, :n_read].sum(2) + extra + added
                 x = plain + self._kept(keep["mlp", layer], change[..., :n_read, :], at)
                 out = parts.mlp(tape, layer, x.flatten(0, 1)).view(x.shape)
                 number = graph.below(layer + 1) - 1
                 change = _join(change, (out - off[:, :, number])[..., None, :])
-            extra = extra + constant[:, :, layer]
+            extra = extra + constant[layer]
         x = off.sum(2) + extra + self._kept(keep["logits", graph.n_layers], change, at)
         x = x.expand(len(keep["logits", graph.n_layers]), *x.shape[1:])
         logits = parts.adapter.logits(x[:, :, -1:].flatten(0, 1))
@@ -240,7 +283,7 @@ class _Batch(NamedTuple):
 
     rows: Tensor
     tape: Tape
-    constant: Float[Tensor, "row pos layer d_model"]
+    constant: Float[Tensor, "layer d_model"]
     off: Float[Tensor, "row pos sender d_model"]
     change: Float[Tensor, "row pos sender d_model"]
     at: Float[Tensor, "row pos place"]

@@ -33,7 +33,7 @@ from tqdm import tqdm
 from ..interventions.recording import Run
 from ..models.adapter import Edit, HookName
 from ..models.finite import not_finite
-from ..models.parts import VIA, Parts
+from ..models.parts import VIA, Parts, Via
 from ..models.replay import Layout, Tape
 from ..scores.metrics import Readout
 from .gradients import Walk, few_rows, some_rows
@@ -48,33 +48,41 @@ class Outputs:
 
     Attributes:
         senders: ``[row, pos, sender, d_model]`` in the graph's order.
-        constant: What each layer adds besides (attention biases), ``[row, pos, layer, d_model]``.
+        constant: What each layer adds besides, attention's bias, ``[layer, d_model]``.
         heads: What attention adds as a whole, layer by layer.
         mlps: What MLPs add.
     """
 
     senders: Float[Tensor, "row pos sender d_model"]
-    constant: Float[Tensor, "row pos layer d_model"]
+    constant: Float[Tensor, "layer d_model"]
     heads: list[Float[Tensor, "row pos d_model"]]
     mlps: list[Float[Tensor, "row pos d_model"]]
 
     @classmethod
     def of(cls, parts: Parts, tape: Tape) -> Outputs:
-        """Compute them from a recorded run."""
-        senders, constant = [tape.resid[0][:, :, None]], []
-        heads, mlps = [], []
-        for layer in parts.adapter.layers:
-            names: list[HookName] = [("attn_out", layer)]
-            names += [("mlp_out", layer)] * parts.has_mlp
-            seen = parts.adapter.read_block(tape, layer, names)
-            each = parts.writes(layer, tape.z[layer])
-            heads.append(seen["attn_out", layer])
-            senders.append(each)
-            constant.append(heads[-1] - each.sum(2))
+        """Compute them from a recorded run.
+
+        What an MLP adds is what the residual stream changes by, attention's part apart; in half
+        precision, where little would be left of it, its block runs again.
+        """
+        adapter, resid = parts.adapter, tape.resid
+        senders, heads, mlps = [resid[0][:, :, None]], [], []
+        biases = [parts.bias(layer) for layer in adapter.layers]
+        is_half = resid[0].dtype in (torch.bfloat16, torch.float16)
+        for layer in adapter.layers:
+            senders.append(parts.writes(layer, tape.z[layer]))
+            heads.append(senders[-1].sum(2) + biases[layer])
             if parts.has_mlp:
-                mlps.append(seen["mlp_out", layer])
+                name: HookName = ("mlp_out", layer)
+                if is_half:
+                    mlps.append(adapter.read_block(tape, layer, [name])[name])
+                else:
+                    mlps.append(resid[layer + 1] - resid[layer] - heads[-1])
                 senders.append(mlps[-1][:, :, None])
-        return cls(torch.cat(senders, 2), torch.stack(constant, 2), heads, mlps)
+        return cls(torch.cat(senders, 2), torch.stack(biases), heads, mlps)
+
+
+Written = Callable[[Tensor, Outputs, Tape], Float[Tensor, "row pos sender d_model"]]
 
 
 def attribute(
@@ -83,6 +91,7 @@ def attribute(
     runs: tuple[Run, Run],
     masks: Bool[Tensor, "prompt pos place"],
     readout: Readout,
+    ablated: Written,
     *,
     method: Gradient,
     points: Sequence[float],
@@ -96,6 +105,8 @@ def attribute(
         runs: The run whose gradient EAP takes, and the other.
         masks: The graph's places.
         readout: The metric.
+        ablated: What senders write instead, ``[row, pos, sender, d_model]``, given rows, what they
+            write in the first run, and the other run.
         method: ``"eap"``, ``"eap-ig"`` (inputs) or ``"eap-ig-activations"``.
         points: Where runs lie between the two, 0 at the first; EAP takes none.
         progress: Whether to show a bar.
@@ -117,17 +128,17 @@ def attribute(
             which = rows[some]
             at = masks[which, : tape.n_pos].to(adapter.device)
             step = _Step(graph, parts, here, at, readout, which)
-            ours, theirs = Outputs.of(parts, here), Outputs.of(parts, there)
-            change = theirs.senders - ours.senders
+            ours = Outputs.of(parts, here)
+            change = ablated(which, ours, there) - ours.senders
             found = np.zeros((len(which), len(graph.edges)))
             if method == "eap":
                 step.add(found, change, here.resid[0], 1.0)
             elif method == "eap-ig":
                 for a in points:
-                    between = torch.lerp(here.resid[0], there.resid[0], a)
+                    between = here.resid[0] + a * change[:, :, 0]
                     step.add(found, change, between, 1 / len(points))
             else:
-                for senders, swap in _groups(graph, here, there, ours, theirs):
+                for senders, swap in _groups(graph, here, ours, change):
                     part = torch.zeros_like(change)
                     part[:, :, senders] = change[:, :, senders]
                     for a in points:
@@ -140,24 +151,24 @@ def attribute(
 
 
 def _groups(
-    graph: RoleGraph, here: Tape, there: Tape, ours: Outputs, theirs: Outputs
+    graph: RoleGraph, here: Tape, ours: Outputs, change: Float[Tensor, "row pos sender d_model"]
 ) -> Iterator[tuple[slice, Callable[[float], tuple[Tensor, dict[HookName, Tensor]]]]]:
     """Go through what is interpolated by itself: the embedding, each layer's heads, each MLP."""
     x = here.resid[0]
-    yield slice(0, 1), lambda a: (torch.lerp(x, there.resid[0], a), {})
+    yield slice(0, 1), lambda a: (x + a * change[:, :, 0], {})
 
     def swap(
-        name: HookName, old: Tensor, new: Tensor
+        name: HookName, old: Tensor, senders: slice
     ) -> Callable[[float], tuple[Tensor, dict[HookName, Tensor]]]:
-        return lambda a: (x, {name: torch.lerp(old, new, a)})
+        return lambda a: (x, {name: old + a * change[:, :, senders].sum(2)})
 
     for layer in range(graph.n_layers):
         first = graph.below(layer)
         heads = slice(first, first + graph.n_heads)
-        yield heads, swap(("attn_out", layer), ours.heads[layer], theirs.heads[layer])
+        yield heads, swap(("attn_out", layer), ours.heads[layer], heads)
         if graph.has_mlp:
             mlp = slice(heads.stop, heads.stop + 1)
-            yield mlp, swap(("mlp_out", layer), ours.mlps[layer], theirs.mlps[layer])
+            yield mlp, swap(("mlp_out", layer), ours.mlps[layer], mlp)
 
 
 class _Step:
@@ -201,13 +212,12 @@ class _Step:
         for layer in range(first, graph.n_layers):
             if layer in attends:
                 some = change[:, :, : graph.below(layer)]
-                read = self._add_heads(
-                    found, layer, some, walk.resid[layer], at["z", layer], weight
-                )
+                self._add_heads(found, layer, some, walk.resid[layer], at["z", layer], weight)
             if serial:
                 at_mlp = at["attn_out", layer] - at["resid_pre", layer + 1]
             elif graph.has_mlp and layer in attends:
-                at_mlp = at["resid_pre", layer] - at["resid_pre", layer + 1] - read
+                by_heads = self._onto_stream(layer, walk.resid[layer], at["z", layer])
+                at_mlp = at["resid_pre", layer] - at["resid_pre", layer + 1] - by_heads
             else:
                 continue
             some = change[:, :, : graph.below(layer, "mlp")]
@@ -231,34 +241,69 @@ class _Step:
         x: Float[Tensor, "row pos d_model"],
         at_z: Float[Tensor, "row pos head d_head"],
         weight: float,
-    ) -> Float[Tensor, "row pos d_model"]:
+    ) -> None:
         """Add the scores of the edges into a layer's heads, at all places where these are.
 
         Senders are fewer than heads at places, three ways in: what they change is taken through the
-        norm, rather than the gradients back through it.
-
-        Returns:
-            The gradient that reaches the residual stream through these heads.
+        norm, rather than the gradients back through it. A query is of its own place, so those of
+        all places are one gradient.
         """
-        graph = self.graph
+        graph, changed = self.graph, self._through_norm(layer, x, change)
         dests = [d for d in range(len(graph.places)) if graph.is_live(layer, d)]
-        at_normed, changed, back = torch.zeros_like(x), *self._through_norm(layer, x, change)
-        for via, gradient in zip(VIA, self._at_qkv(layer, x, at_z, dests), strict=True):
-            maps, _ = self.parts.weights(layer, via)
-            normed = torch.einsum("pbthe,hde->btphd", gradient, maps)
-            products = changed @ normed.flatten(2, 3).mT  # [row, pos, sender, dest and head]
-            products = torch.einsum("btsr,btp->bpsr", products, self.masks)
+        q, k, v = self._at_qkv(layer, x, at_z, dests)
+        products = self._into(layer, "q", changed, q.sum(0, keepdim=True))[:, :, :, 0]
+        where = np.arange(len(graph.places))
+        numbers = graph.numbers["q", layer][where, :, where]
+        _add(found, numbers, products, weight)
+        for via, gradient in zip(VIA[1:], (k, v), strict=True):
             numbers = graph.numbers[via, layer][:, :, dests]
-            _add(found, numbers, products.unflatten(-1, numbers.shape[2:]), weight)
-            at_normed += normed.sum((2, 3))
-        return back(at_normed)
+            _add(found, numbers, self._into(layer, via, changed, gradient), weight)
+
+    def _into(
+        self,
+        layer: int,
+        via: Via,
+        changed: Float[Tensor, "row pos sender d_model"],
+        gradient: Float[Tensor, "dest row pos head d_head"],
+    ) -> Float[Tensor, "row place sender dest head"]:
+        """Multiply changes, taken through the norm, with gradients at q, k or v.
+
+        Whichever are fewer are mapped to where the others are.
+        """
+        maps, _ = self.parts.weights(layer, via)
+        if changed.shape[2] < len(gradient):
+            mapped = torch.einsum("btsd,hde->bthse", changed, maps)
+            products = mapped @ gradient.permute(1, 2, 3, 4, 0)  # [row, pos, head, sender, dest]
+            products = products.permute(0, 1, 3, 4, 2)
+        else:
+            gradient = gradient.movedim(0, 2)
+            flat = gradient.flatten(0, 2)
+            normed = flat.new_empty(*flat.shape[:2], changed.shape[-1])
+            for head, to_normed in enumerate(maps.mT):  # each written where it belongs
+                torch.mm(flat[:, head], to_normed, out=normed[:, head])
+            shape = gradient.shape[:2], gradient.shape[2:4]
+            products = changed @ normed.view(*shape[0], -1, changed.shape[-1]).mT
+            products = products.unflatten(3, shape[1])
+        return torch.einsum("btsph,btq->bqsph", products, self.masks)
+
+    def _onto_stream(
+        self,
+        layer: int,
+        x: Float[Tensor, "row pos d_model"],
+        at_z: Float[Tensor, "row pos head d_head"],
+    ) -> Float[Tensor, "row pos d_model"]:
+        """Get the gradient that reaches the residual stream through a layer's heads."""
+        x, layout = x.clone().requires_grad_(True), Layout.suffix(0, x.shape[1])
+        adapter = self.parts.adapter
+        z = adapter.block(self.tape, layer, x, layout, until="z", gradients="on")
+        return torch.autograd.grad(z, x, at_z)[0]
 
     def _through_norm(
         self, layer: int, x: Float[Tensor, "row pos d_model"], change: Tensor
-    ) -> tuple[Float[Tensor, "row pos sender d_model"], Callable[[Tensor], Tensor]]:
-        """Apply the Jacobian of the norm in front of attention; get its transpose as a function.
+    ) -> Float[Tensor, "row pos sender d_model"]:
+        """Apply the Jacobian of the norm in front of attention.
 
-        The transpose is linear in the gradient that it is given, so its derivative by that is the
+        Its transpose is linear in the gradient that it is given, so its derivative by that is the
         Jacobian.
         """
         inputs, given = x.clone().requires_grad_(True), torch.zeros_like(x, requires_grad=True)
@@ -266,10 +311,8 @@ class _Step:
         with torch.enable_grad():
             (back,) = torch.autograd.grad(out, inputs, given, create_graph=True)
         batch = change.movedim(2, 0)
-        (changed,) = torch.autograd.grad(
-            back, given, batch, retain_graph=True, is_grads_batched=True
-        )
-        return changed.movedim(0, 2), lambda g: torch.autograd.grad(out, inputs, g)[0]
+        (changed,) = torch.autograd.grad(back, given, batch, is_grads_batched=True)
+        return changed.movedim(0, 2)
 
     def _at_qkv(
         self, layer: int, x: Tensor, at_z: Tensor, dests: Sequence[int]

@@ -2,9 +2,9 @@
 
 Exact patching of an edge, as in path patching (Goldowsky-Dill et al. 2023, arXiv 2304.05969) and
 ACDC (Conmy et al. 2023, arXiv 2304.14997): the receiver's input gets what the sender writes in the
-other run in place of what it writes in this one; the receiver is computed anew, and all that
-follows responds. No other receiver sees the change. Each is one run of the engine, with the
-receiver's new output as its patch.
+other run (or its mean there, or nothing) in place of what it writes in this one; the receiver is
+computed anew, and all that follows responds. No other receiver sees the change. Each is one run of
+the engine, with the receiver's new output as its patch.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from ..models.parts import VIA, Parts
 from ..models.replay import Layout, Tape
 from ..prompts import Contrast
 from ..scores import Metric, Scores
+from .ablation import Ablated, Ablation, EdgeRunner, check_ablation
 from .attribution import Outputs, attribute
 from .common import Direction, Experiment
 from .graph import END, Demos, RoleGraph, place_masks, places_of
@@ -51,6 +52,7 @@ def score_edges(
     method: Method = "eap-ig",
     edges: Iterable[str] | None = None,
     direction: Direction = "noise",
+    ablation: Ablation = "corrupted",
     metric: str | Metric = "logit_diff",
     demos: Demos = "joint",
     n_steps: int = 5,
@@ -71,6 +73,10 @@ def score_edges(
             between some nodes); None for all.
         direction: ``"noise"`` patches corrupted into clean: what is needed. ``"denoise"`` patches
             clean into corrupted: what suffices. ``"eap-ig"`` gives the same for both.
+        ablation: What an edge carries instead: what its sender writes in the ``"corrupted"`` run,
+            its ``"mean"`` there over prompts (by role, demonstration and place in the word), or
+            nothing (``"zero"``). The last two know the direction ``"noise"`` alone. An edge may
+            matter under one and not under another: a circuit is one for its ablation.
         metric: A metric; a differentiable one for all methods but ``"exact"``.
         demos: ``"joint"``: a role's tokens in all demonstrations are one place; ``"each"``: one for
             each demonstration.
@@ -86,10 +92,12 @@ def score_edges(
         Scores over ``(prompt, edge)`` in the metric's unit. Positive: the edge carries the task.
 
     Raises:
-        UnknownName: for an unknown method, edge, direction, metric, ``demos`` or quadrature.
+        UnknownName: for an unknown method, edge, direction, ablation, metric, ``demos`` or
+            quadrature.
         ScoreError: if the metric cannot be differentiated and the method needs it.
         ModelError: if the model's blocks are not put together as edges need it.
-        TvInterpError: if ``n_steps`` is not positive, or a cache is given to another method.
+        TvInterpError: if ``n_steps`` is not positive, a cache is given to another method, or the
+            direction is not one of the ablation's.
         FileError: if the cache cannot be written.
     """
     if method not in METHODS:
@@ -103,13 +111,21 @@ def score_edges(
             f"cache keeps pieces of method='exact', got method={method!r}: leave it out, or keep "
             "the scores with save()"
         )
+    check_ablation(ablation)
+    if ablation != "corrupted" and direction != "noise":
+        raise TvInterpError(
+            f"ablation={ablation!r} takes what edges carry out of the clean run, so direction must "
+            f'be "noise", got {direction!r}'
+        )
     run = Experiment(model, contrast, recorded, direction, metric, END)
     parts, graph, masks = survey(run, demos)
     wanted = graph.select(graph.edges if edges is None else edges)
-    attrs: dict[str, Any] = {"method": method, "demos": demos}
+    attrs: dict[str, Any] = {"method": method, "demos": demos, "ablation": ablation}
+    runs = run.base, run.donor
+    ablated = Ablated(parts, runs, ablation)
     if method == "exact":
-        effects = _Exact(run, graph, parts, masks, wanted).effects(
-            _Cache.of(cache, run, graph, wanted), progress
+        effects = _Exact(run, graph, parts, masks, wanted, ablated).effects(
+            _Cache.of(cache, run, graph, wanted, ablation), progress
         )
     else:
         shift = 0.5 if quadrature == "midpoint" else 0.0
@@ -118,12 +134,23 @@ def score_edges(
             points = [1 - at for at in points]
         if method != "eap":
             attrs |= {"n_steps": n_steps, "quadrature": quadrature}
-        runs = run.base, run.donor
         effects = attribute(
-            graph, parts, runs, masks, run.readout, method=method, points=points, progress=progress
+            graph,
+            parts,
+            runs,
+            masks,
+            run.readout,
+            ablated.senders,
+            method=method,
+            points=points,
+            progress=progress,
         )
         effects = effects if direction == "denoise" else -effects
     names = [name for name, want in zip(graph.edges, wanted, strict=True) if want]
+    if ablation != "corrupted":
+        none = np.zeros(len(graph.edges), dtype=bool)
+        runner = EdgeRunner(graph, parts, runs, masks, run.readout, ablation)
+        run.total = run.base_value - runner.run(none)
     return run.scores(effects[:, wanted], ("edge",), {"edge": names}, **attrs)
 
 
@@ -148,14 +175,16 @@ class _Exact:
         parts: Parts,
         masks: Bool[Tensor, "prompt pos place"],
         wanted: Bool[np.ndarray, " edge"],
+        ablated: Ablated,
     ) -> None:
-        """Compute what every sender writes in both runs."""
+        """Compute what every sender writes in the base run, and instead."""
         self.run, self.graph, self.parts, self.wanted = run, graph, parts, wanted
         self.masks = masks
         self.batches: list[tuple[Tensor, Tape, Tensor, Tensor]] = []
         live = np.zeros((len(graph.places), graph.n_senders), dtype=bool)
         for (rows, tape), (_, donor) in zip(run.base.tapes(), run.donor.tapes(), strict=True):
-            change = Outputs.of(parts, donor).senders - Outputs.of(parts, tape).senders
+            ours = Outputs.of(parts, tape)
+            change = ablated.senders(rows, ours, donor) - ours.senders
             at = masks[rows, : tape.n_pos].to(change)
             self.batches.append((rows, tape, change, at))
             moved = change.abs().amax(-1)[:, :, :, None] * at[:, :, None]
@@ -164,7 +193,7 @@ class _Exact:
         self.tokens = [_tokens(masks[:, :, place]) for place in range(len(graph.places))]
 
     def effects(self, cache: _Cache, progress: bool) -> Float[np.ndarray, "prompt edge"]:
-        """Patch all wanted edges whose sender writes something else in the other run."""
+        """Patch all wanted edges whose sender writes something else when ablated."""
         graph = self.graph
         out = np.zeros((len(self.run.contrast), len(graph.edges)))
         jobs = [(la, s) for la in range(graph.n_layers + 1) for s in range(graph.below(la, "mlp"))]
@@ -304,6 +333,7 @@ class _Cache:
         run: Experiment,
         graph: RoleGraph,
         wanted: Bool[np.ndarray, " edge"],
+        ablation: Ablation,
     ) -> _Cache:
         """Name a directory after all that the effects depend on: weights, prompts, metric, edges.
 
@@ -319,7 +349,8 @@ class _Cache:
         clean, corrupted = run.contrast.clean, run.contrast.corrupted
         for tensor in (clean.tokens, corrupted.tokens, clean.lengths, clean.answer, clean.foil):
             digest.update(tensor.numpy().tobytes())
-        about = (run.adapter.name, run.metric.name, run.direction, graph.places, graph.edges)
+        about = (run.adapter.name, run.metric.name, run.direction, ablation)
+        about += graph.places, graph.edges
         digest.update(repr(about).encode() + wanted.tobytes())
         return cls(make_directory(Path(directory) / digest.hexdigest()[:16]))
 

@@ -20,6 +20,7 @@ MLPs of the last layer exist at ``query_is`` alone: elsewhere they reach nothing
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -209,14 +210,15 @@ class RoleGraph(Shown):
         names: list[str] = []
         places, heads = range(len(self.places)), range(self.n_heads)
         every = range(self.n_senders)
-        called = [[self.sender_name(sender, place) for sender in every] for place in places]
         lives = [[s for s in every if self.is_live(self.layer_of(s), place)] for place in places]
+        called = [[f"{self.sender_name(s, p)}->" for s in lives[p]] for p in places]
+        counts = [[bisect_left(alive, n) for n in range(len(every) + 1)] for alive in lives]
 
         def add(column: np.ndarray, place: int, to: str) -> None:
             """Number the edges to one receiver from the first so many senders at a place."""
-            senders = lives[place][: np.searchsorted(lives[place], len(column))]
-            column[senders] = np.arange(len(names), len(names) + len(senders))
-            names.extend([f"{called[place][sender]}->{to}" for sender in senders])
+            n = counts[place][len(column)]
+            column[lives[place][:n]] = range(len(names), len(names) + n)
+            names.extend([start + to for start in called[place][:n]])
 
         for layer in range(self.n_layers):
             n = self.below(layer)

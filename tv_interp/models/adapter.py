@@ -100,6 +100,12 @@ class Adapter:
                 f"{architecture} uses ALiBi attention, which is not supported: interventions "
                 "would not be exact; use a model with learned or rotary positions"
             )
+        if getattr(cfg, "attention_dir", "causal") != "causal":
+            raise ModelError(
+                f"{architecture} attends in both directions (attention_dir="
+                f"{cfg.attention_dir!r}), and interventions are exact only where nothing reaches "
+                "back: use a causal model"
+            )
         if getattr(getattr(cfg, "hf_config", None), "is_encoder_decoder", False) or any(
             word in architecture for word in ("T5", "Bart", "Bert", "EncoderDecoder")
         ):

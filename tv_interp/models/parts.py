@@ -67,6 +67,12 @@ class Parts:
         bias = weight.new_zeros(len(weight), weight.shape[-1]) if bias is None else bias.detach()
         return self._each_head(weight), self._each_head(bias)
 
+    def bias(self, layer: int) -> Float[Tensor, " d_model"]:
+        """Get what attention adds at every token besides what its heads do."""
+        weight = self.adapter.model.blocks[layer].attn.W_O
+        bias = getattr(self.adapter.model.blocks[layer].attn, "b_O", None)
+        return weight.new_zeros(weight.shape[-1]) if bias is None else bias.detach()
+
     def norm(
         self, layer: int, x: Float[Tensor, "*rows pos d_model"], gradients: Gradients = "off"
     ) -> Float[Tensor, "*rows pos d_model"]:
@@ -124,8 +130,7 @@ class Parts:
             theirs = seen[via, layer]
             pairs.append((ours, theirs.repeat_interleave(ours.shape[2] // theirs.shape[2], 2)))
         heads = seen["attn_out", layer]
-        rest = heads - self.writes(layer, seen["z", layer]).sum(2)
-        pairs.append((rest, rest[:, :1].expand_as(rest)))  # a bias, the same at every token
+        pairs.append((self.writes(layer, seen["z", layer]).sum(2) + self.bias(layer), heads))
         out = x + heads
         if self.has_mlp:
             read = out if self.order == "serial" else x
