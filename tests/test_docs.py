@@ -15,9 +15,11 @@ ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
 SMALLER = {  # what a page asks for, and what is enough to see that it runs
     "README.md": {
-        "n_prompts=64": "n_prompts=4",
+        "n_prompts=64": "n_prompts=12",
+        "n_demos=8": "n_demos=4",
         'tv.list_tasks(family="knowledge")': '["country-capital"]',
         "k=10": "k=2",
+        'method="exact"': 'method="eap"',
     },
 }
 N_PROMPTS = 8

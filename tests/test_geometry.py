@@ -223,7 +223,7 @@ def test_bad_ablations_are_refused():
 
 @functools.cache
 def measured(task: str):
-    return measure_geometry(tv.load_model("reference"), task, n_prompts=24)
+    return measure_geometry(tv.load_model("reference"), task, n_prompts=12)
 
 
 EACH_TASK = [

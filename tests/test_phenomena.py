@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -88,6 +89,9 @@ def test_learning_is_drawn_as_training_wrote_it(tmp_path):
         read_curve(tmp_path / "nowhere")
     with pytest.raises(tv.TvInterpError, match="directory with curve.jsonl, got 'nowhere'"):
         write_card("nowhere")
+    shutil.copy(reference_directory(MODEL) / "curve.jsonl", tmp_path)
+    with pytest.raises(tv.TvInterpError, match="no accuracy.json: run --parts accuracy"):
+        write_card(str(tmp_path), parts="claims")
     with pytest.raises(tv.TvInterpError, match="expected at least one learning curve"):
         plot_learning({})
 

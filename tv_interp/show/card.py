@@ -16,6 +16,7 @@ from scipy.stats import binomtest
 
 from ..analysis.claims import check_claims
 from ..analysis.verdicts import Claims
+from ..errors import FileError
 from ..files import write_rows, write_text
 from ..interventions.recording import last_logits
 from ..models.adapter import Adapter
@@ -127,10 +128,16 @@ def write_card(
         parts: What is measured; the rest is read from what was written before.
 
     Raises:
-        FileError: if there is no such model, or training did not write it.
+        FileError: if there is no such model, training did not write it, or accuracies were never
+            measured and are not asked for.
     """
     directory = reference_directory(model) or Path(model)
     read_curve(model)  # says so if training did not write this directory
+    if parts not in ("all", "accuracy") and not (directory / "accuracy.json").exists():
+        raise FileError(
+            f"a card begins with accuracies, and {directory} has no accuracy.json: run "
+            "--parts accuracy (or all) first"
+        )
     loaded = load_model(model)
     torch.set_num_threads(1)  # a small model: more threads only wait for each other
     if parts in ("all", "accuracy"):

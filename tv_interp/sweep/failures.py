@@ -47,9 +47,10 @@ def measure_pair(
     Returns:
         Plain values: ``model``, ``task``, ``family``, ``few_shot``; the keys of `OUTCOMES`, None
         where there is nothing to share (``writers`` and ``readers``: the joint effect of all found
-        heads, denoising, under the corruption where it is largest); features named ``map: ...`` (largest share of its total
-        that a role holds over layers, or the relative depth where ``query_is`` first holds half of
-        the answer) and ``writers: ...``, ``readers: ...`` (gap to the controls).
+        heads, denoising, under the corruption where it is largest); features named ``map: ...``
+        (largest share of its total that a role holds over layers, or the relative depth where
+        ``query_is`` first holds half of the answer) and ``writers: ...``, ``readers: ...`` (gap to
+        the controls).
 
     Raises:
         TvInterpError: as `information_map` and `find_heads`.
