@@ -132,6 +132,9 @@ def test_lines_bars_and_circuits_are_drawn_with_their_intervals():
     np.testing.assert_allclose([bar[0][1] for bar in bars], low)
     traces = case().circuit.plot().data
     assert len(circuit.axes[0].lines) >= len(traces)
+    (heads,) = (t for t in traces if t.mode == "markers+text" and any(t.text))
+    inside = {(*a.xy, a.get_text()) for a in circuit.axes[0].texts if a.xyann == (0, 0)}
+    assert {*zip(heads.x, heads.y, heads.text, strict=True)} <= inside
     labels = {text.get_text() for text in circuit.legends[0].get_texts()}
     assert labels == {trace.name for trace in traces}
 

@@ -17,7 +17,7 @@ from ..errors import TvInterpError, unknown
 from ..files import write_text
 from . import plots
 from .page import render_page
-from .plots import COLORS, DASHES, SYMBOLS, _colors, _errors, _numbers, _Sheet
+from .plots import COLORS, DASHES, PLAIN, SYMBOLS, _colors, _errors, _numbers, _Sheet
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -261,7 +261,7 @@ def _graph(array: xr.DataArray, title: str, *, least: float = 0.01, widths: int 
             {
                 "type": "scatter", "mode": "markers", "x": list(range(len(names))),
                 "y": [level] * len(names), "text": names, "showlegend": False,
-                "marker": {"size": 8, "color": "#222"}, "hovertemplate": "%{text}<extra></extra>",
+                "marker": {"size": 8, "color": PLAIN}, "hovertemplate": "%{text}<extra></extra>",
             }
         )  # fmt: skip
     sheet.panel(
