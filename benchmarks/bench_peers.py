@@ -352,6 +352,27 @@ def resident(what: str = "VmRSS") -> float:
     return next(float(line.split()[1]) for line in lines if line.startswith(what)) / 1024
 
 
+def floor() -> float:
+    """CPU seconds of the passes that EAP needs, without anything else; the best of three."""
+    from harness import cpu
+
+    _, _, model, contrast = a_case()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+
+    def start(x, hook):
+        return x.requires_grad_(True)
+
+    def passes() -> None:
+        with torch.no_grad():
+            model(contrast.corrupted.tokens)
+        hooks = [("blocks.0.hook_resid_pre", start)]
+        logits = model.run_with_hooks(contrast.clean.tokens, fwd_hooks=hooks)[:, -1]
+        logit_diffs(logits, contrast.answer, contrast.foil).sum().backward()
+
+    return min(cpu(passes)[1] for _ in range(REPEATS))
+
+
 def on_reference() -> str:
     """Time the scores of edges by role on the reference model: EAP of all, exact between heads."""
     from harness import cpu
@@ -441,8 +462,8 @@ def main() -> None:
             print(f"{NAMES[name]} did not run", file=sys.stderr)
         else:
             done.append(name)
-    text = f"{N_PROMPTS} prompts of {1 + 3 * N_DEMOS + 2} tokens. {about}\n\n{table(where, done)}"
-    text += f"\n\n{on_reference()}"
+    text = f"{N_PROMPTS} prompts of {1 + 3 * N_DEMOS + 2} tokens. {about} Floor {floor():.2f} s."
+    text += f"\n\n{table(where, done)}\n\n{on_reference()}"
     print(text)
     if given.write:
         write_section("bench_peers.py", text)

@@ -31,7 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..interventions.recording import Run
-from ..models.adapter import Edit, HookName
+from ..models.adapter import HookName
 from ..models.finite import not_finite
 from ..models.parts import VIA, Parts, Via
 from ..models.replay import Layout, Tape
@@ -207,12 +207,13 @@ class _Step:
         leaves += [("resid_pre", la) for la in range(attends.start, graph.n_layers + 1)]
         leaves += [("attn_out", la) for la in range(first, graph.n_layers) if serial]
         leaves = list(dict.fromkeys([*leaves, *swaps]))
-        walk = Walk(self.parts.adapter, self.tape, x, self.readout, self.rows, leaves, swaps)
+        inner = {("z", layer): [(via, layer) for via in VIA] for layer in attends}
+        run = self.parts.adapter, self.tape, x, self.readout, self.rows
+        walk = Walk(*run, leaves, swaps, inner)
         at = walk.gradients
-        for layer in range(first, graph.n_layers):
+        for layer in reversed(range(first, graph.n_layers)):
             if layer in attends:
-                some = change[:, :, : graph.below(layer)]
-                self._add_heads(found, layer, some, walk.resid[layer], at["z", layer], weight)
+                self._add_heads(found, walk, layer, change[:, :, : graph.below(layer)], weight)
             if serial:
                 at_mlp = at["attn_out", layer] - at["resid_pre", layer + 1]
             elif graph.has_mlp and layer in attends:
@@ -236,10 +237,9 @@ class _Step:
     def _add_heads(
         self,
         found: Float[np.ndarray, "row edge"],
+        walk: Walk,
         layer: int,
         change: Float[Tensor, "row pos sender d_model"],
-        x: Float[Tensor, "row pos d_model"],
-        at_z: Float[Tensor, "row pos head d_head"],
         weight: float,
     ) -> None:
         """Add the scores of the edges into a layer's heads, at all places where these are.
@@ -248,9 +248,9 @@ class _Step:
         norm, rather than the gradients back through it. A query is of its own place, so those of
         all places are one gradient.
         """
-        graph, changed = self.graph, self._through_norm(layer, x, change)
+        graph, changed = self.graph, self._through_norm(layer, walk.resid[layer], change)
         dests = [d for d in range(len(graph.places)) if graph.is_live(layer, d)]
-        q, k, v = self._at_qkv(layer, x, at_z, dests)
+        q, k, v = self._at_qkv(walk, layer, dests)
         products = self._into(layer, "q", changed, q.sum(0, keepdim=True))[:, :, :, 0]
         where = np.arange(len(graph.places))
         numbers = graph.numbers["q", layer][where, :, where]
@@ -315,32 +315,20 @@ class _Step:
         return changed.movedim(0, 2)
 
     def _at_qkv(
-        self, layer: int, x: Tensor, at_z: Tensor, dests: Sequence[int]
+        self, walk: Walk, layer: int, dests: Sequence[int]
     ) -> list[Float[Tensor, "dest row pos head d_head"]]:
         """Get the gradients at each query head's own q, k and v, through its z at some places.
 
         Heads that share keys and values take turns, as the places do.
         """
+        at_z = walk.gradients["z", layer]
         from_dests = at_z * self.masks[:, :, dests].movedim(2, 0)[..., None, None]
         adapter = self.parts.adapter
         n_turns = adapter.n_heads // adapter.n_kv_heads
-        turn = torch.arange(adapter.n_heads, device=x.device) % n_turns
-        turns = torch.arange(n_turns, device=x.device)[:, None] == turn  # [turn, head]
+        turn = torch.arange(adapter.n_heads, device=at_z.device) % n_turns
+        turns = torch.arange(n_turns, device=at_z.device)[:, None] == turn  # [turn, head]
         wanted = torch.where(turns[:, None, None, None, :, None], from_dests, 0)
-        leaves: dict[HookName, Tensor] = {}
-
-        def plant(name: HookName) -> Edit:
-            def edit(activation: Tensor) -> Tensor:
-                leaves[name] = torch.zeros_like(activation, requires_grad=True)
-                return activation + leaves[name]
-
-            return edit
-
-        edits: dict[HookName, Edit] = {(via, layer): plant((via, layer)) for via in VIA}
-        layout = Layout.suffix(0, x.shape[1])
-        z = adapter.block(self.tape, layer, x, layout, edits=edits, until="z", gradients="on")
-        named = [leaves[via, layer] for via in VIA]
-        found = torch.autograd.grad(z, named, wanted.flatten(0, 1), is_grads_batched=True)
+        found = walk.pull_back(("z", layer), wanted.flatten(0, 1))
         q, k, v = (gradient.unflatten(0, wanted.shape[:2]) for gradient in found)
         own = [g.permute(1, 2, 3, 4, 0, 5).flatten(3, 4) for g in (k, v)]
         return [q.sum(0), *own]

@@ -40,6 +40,7 @@ class Walk:
         rows: Tensor,
         leaves: Iterable[HookName],
         swaps: Mapping[HookName, Tensor] = MappingProxyType({}),
+        inner: Mapping[HookName, Sequence[HookName]] = MappingProxyType({}),
     ) -> None:
         """Walk through all blocks.
 
@@ -52,13 +53,17 @@ class Walk:
             leaves: Activations with respect to which the metric is differentiated;
                 ``("resid_pre", l)`` up to the number of layers is the residual stream.
             swaps: Activations that are put in the place of the model's own.
+            inner: Activations with respect to which leaves are differentiated, by leaf; see
+                `pull_back`.
 
         Raises:
             ScoreError: if the metric cannot be differentiated.
             ModelError: if the model discards edits of a leaf, or gradients are NaN or infinite.
         """
         names = list(leaves)
+        planted = [*names, *(name for some in inner.values() for name in some)]
         made: dict[HookName, Tensor] = {}
+        self._inner: dict[HookName, tuple[Tensor, list[Tensor]]] = {}
         self.resid: list[Tensor] = []
         self.seen: dict[HookName, Tensor] = {}
 
@@ -67,8 +72,10 @@ class Walk:
                 activation = swaps.get(name, activation)
                 self.seen[name] = activation.detach()
                 leaf = torch.zeros_like(self.seen[name], requires_grad=True)
-                made[name] = leaf
-                return activation + leaf
+                made[name], whole = leaf, activation + leaf
+                if name in inner:
+                    self._inner[name] = whole, [made[n] for n in inner[name]]
+                return whole
 
             return edit
 
@@ -78,7 +85,7 @@ class Walk:
                 x = plant(("resid_pre", layer))(x)
             self.resid.append(x.detach())
             if layer < adapter.n_layers:
-                edits = {n: plant(n) for n in names if n[1] == layer and n[0] != "resid_pre"}
+                edits = {n: plant(n) for n in planted if n[1] == layer and n[0] != "resid_pre"}
                 x = adapter.block(tape, layer, x, layout, edits=edits, gradients="on")
         logits = adapter.logits(x[:, -1:], gradients="on")[:, 0]
         with torch.enable_grad():
@@ -89,7 +96,8 @@ class Walk:
                 'log_prob or kl, or method="exact"'
             )
         self.values = values.detach()
-        found = torch.autograd.grad(values.sum(), [made[n] for n in names], allow_unused=True)
+        at, kept = [made[name] for name in names], bool(inner)
+        found = torch.autograd.grad(values.sum(), at, allow_unused=True, retain_graph=kept)
         missing = [n for n, g in zip(names, found, strict=True) if g is None]
         if missing:
             raise ModelError(
@@ -100,6 +108,19 @@ class Walk:
             if not gradient.isfinite().all():
                 raise not_finite(adapter, f"gradients at {name[0]} of layer {name[1]}")
         self.gradients = dict(zip(names, found, strict=True))
+
+    def pull_back(
+        self, name: HookName, cotangents: Float[Tensor, "each ..."]
+    ) -> tuple[Float[Tensor, "each ..."], ...]:
+        """Take gradients at a leaf back to those before it, several at once.
+
+        Each leaf once, from the last layer down: what is not needed any more is let go.
+        """
+        whole, inner = self._inner.pop(name)
+        kept = bool(self._inner)
+        return torch.autograd.grad(
+            whole, inner, cotangents, is_grads_batched=True, retain_graph=kept
+        )
 
 
 def few_rows(adapter: Adapter, tape: Tape, budget: float, copies: int = 1) -> Sequence[Tensor]:
