@@ -18,7 +18,7 @@ from ..interventions.engine import run_variants
 from ..interventions.recording import Recorded, record
 from ..interventions.sites import Head, Site, Variant
 from ..models.adapter import Adapter
-from ..prompts import Contrast, Prompts
+from ..prompts import Contrast, Prompts, check_contrast
 from ..prompts.roles import parse_role
 from ..scores import Metric, Scores, get_metric
 from ..scores.metrics import Targets
@@ -55,6 +55,7 @@ class Experiment:
         at: str,
     ) -> None:
         """Record the two runs, unless they are given."""
+        check_contrast(contrast)
         check_direction(direction)
         parse_role(at)
         self.metric = get_metric(metric)

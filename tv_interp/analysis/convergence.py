@@ -23,7 +23,7 @@ from ..interventions.engine import run_variants
 from ..interventions.recording import last_logits, record_run
 from ..interventions.sites import Cut, Patch, Site, Variant
 from ..models.adapter import Adapter
-from ..prompts import Contrast, Prompts, Task, get_task, make_prompts
+from ..prompts import Contrast, Prompts, Task, check_prompts, get_task, make_prompts
 from ..prompts.roles import DEMO_ROLES, parse_role
 from ..prompts.tasks.base import pick_foil
 from ..scores import Metric, Scores, get_metric
@@ -432,6 +432,7 @@ def ablate_demos(
         TvInterpError: if draws is below 1, or k is not 0 to n.
         ModelError: if the model discards edits of attention scores.
     """
+    check_prompts(prompts)
     adapter, measure = Adapter.of(model), get_metric(metric)
     for each in how:
         if each not in ABLATIONS:

@@ -21,7 +21,7 @@ from ..interventions.recording import batches, check_memory
 from ..interventions.sites import Head, Site
 from ..models.adapter import Adapter
 from ..models.replay import Layout, Tape
-from ..prompts import Contrast, Prompts
+from ..prompts import Contrast, Prompts, check_contrast
 from ..scores.statistics import jackknife
 from .common import all_heads, as_sites, provenance
 from .find import control_sets
@@ -133,6 +133,7 @@ def head_geometry(
         PromptError: if there are fewer than 8 prompts.
         ModelError: if heads' outputs do not add up in the residual stream.
     """
+    check_contrast(contrast)
     adapter = Adapter.of(model)
     chosen = [site.at for site in as_sites(heads, at, adapter)]
     others = {site.at for site in as_sites([*chosen, *taken], at, adapter)}

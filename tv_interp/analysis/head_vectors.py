@@ -19,7 +19,7 @@ import xarray as xr
 from ..interventions.recording import record_run
 from ..interventions.sites import Head, Site
 from ..models.adapter import Adapter
-from ..prompts import Contrast, Task, get_task
+from ..prompts import Contrast, Task, check_contrast, get_task
 from ..scores import Scores, get_metric
 from ..scores.metrics import Targets
 from .common import all_heads, as_sites, label_scores, provenance
@@ -76,6 +76,7 @@ def head_vectors(
         TvInterpError: if a head is outside of the model, or there are none.
         ModelError: if heads' outputs do not add up in the residual stream.
     """
+    check_contrast(contrast)
     adapter, measure = Adapter.of(model), get_metric(metric)
     chosen = [site.at for site in as_sites(heads, at, adapter)]
     others = {site.at for site in as_sites([*chosen, *taken], at, adapter)}

@@ -29,7 +29,7 @@ from ..interventions.recording import Recorded, Run, check_memory, record_run
 from ..interventions.sites import Cut, Head, Patch, Site, Variant
 from ..models.adapter import Adapter, Edit
 from ..models.replay import Layout, Tape
-from ..prompts import Contrast, Prompts
+from ..prompts import Contrast, Prompts, check_contrast, check_prompts
 from ..prompts.roles import DEMO_ROLES, ROLE_NAMES, Role, parse_role
 from ..scores import Metric, Scores, get_metric
 from ..scores.metrics import Targets
@@ -136,6 +136,7 @@ def patch_local_paths(
     Raises:
         ModelError: if the model's blocks cannot be called by themselves; and as `patch_heads`.
     """
+    check_contrast(contrast)
     run = Experiment(model, contrast, recorded, direction, metric, at)
     z, heads = run.donor.z_at(at), all_heads(run.adapter)
     variants = [(Patch(Site(la, h, "z", at), z[:, la, ..., h, :]),) for la, h in heads]
@@ -539,6 +540,7 @@ def knock_out(
         TvInterpError: if a token is left with nothing to attend to.
         ModelError: if the model discards edits of attention scores.
     """
+    check_prompts(prompts)
     adapter = Adapter.of(model)
     metric = get_metric(metric)
     clean = recorded

@@ -27,7 +27,7 @@ from ..interventions.engine import run_variants
 from ..interventions.recording import last_logits
 from ..interventions.sites import Patch, Site
 from ..models.adapter import Adapter
-from ..prompts import Prompts, Task, get_task
+from ..prompts import Prompts, Task, check_prompts, get_task
 from ..scores import Scores, get_metric
 from ..scores.metrics import Targets
 from .common import label_scores, provenance
@@ -370,6 +370,7 @@ def leave_one_out(model: Any, prompts: Prompts) -> Scores:
         ModelError: if the model cannot be measured exactly, or a vector does not depend on the
             demonstrations at all.
     """
+    check_prompts(prompts)
     n = prompts.n_demos
     if n < 2:
         raise PromptError(f"expected two demonstrations or more, got {n}")

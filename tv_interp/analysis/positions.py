@@ -11,7 +11,7 @@ import torch
 from ..errors import PromptError, unknown
 from ..interventions.recording import Recorded
 from ..interventions.sites import Patch, Site, Variant
-from ..prompts import Contrast, Prompts
+from ..prompts import Contrast, Prompts, check_contrast
 from ..prompts.roles import ROLE_NAMES
 from ..scores import Metric, Scores
 from .common import Direction, Experiment, all_heads, head_coords
@@ -53,6 +53,7 @@ def patch_positions(
         UnknownName: for an unknown ``by``, direction or metric.
         PromptError: if prompts of several lengths are swept by token.
     """
+    check_contrast(contrast)
     if by not in BY:
         raise unknown("by", by, BY)
     prompts = contrast.clean

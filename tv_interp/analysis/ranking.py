@@ -23,7 +23,7 @@ from ..display import Shown
 from ..errors import TvInterpError, check_seed
 from ..interventions.sites import Patch, Site, Variant
 from ..models.adapter import Adapter
-from ..prompts import Contrast
+from ..prompts import Contrast, check_contrast
 from ..scores import Metric, get_metric
 from .common import Direction, Experiment, all_heads, provenance
 
@@ -129,6 +129,7 @@ def rank_heads(
             1, or tolerance negative.
         UnknownName: for an unknown role, direction or metric.
     """
+    check_contrast(contrast)
     adapter, metric = Adapter.of(model), get_metric(metric)
     heads = all_heads(adapter)
     if not 1 <= k <= len(heads):

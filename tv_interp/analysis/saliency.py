@@ -22,7 +22,7 @@ from ..interventions.engine import check_layers
 from ..interventions.recording import Run, record_run
 from ..models.adapter import Adapter
 from ..models.finite import not_finite
-from ..prompts import Prompts
+from ..prompts import Prompts, check_prompts
 from ..scores import Metric, Scores, get_metric
 from ..scores.metrics import Targets
 from .common import head_coords, label_scores, provenance
@@ -63,6 +63,7 @@ def saliency_flow(
         ModelError: if the model discards edits of its attention weights.
         UnknownName: for an unknown metric or ``demos``.
     """
+    check_prompts(prompts)
     wanted = _metric(metric)
     places = places_of(prompts, demos)
     masks = place_masks(prompts, places)
@@ -111,6 +112,7 @@ def label_flow(
         ModelError: if the model discards edits of its attention weights.
         UnknownName: for an unknown metric or convention.
     """
+    check_prompts(prompts)
     if convention not in CONVENTIONS:
         raise unknown("convention", convention, CONVENTIONS)
     wanted = _metric(metric)

@@ -38,7 +38,7 @@ from ..interventions.sites import Head, Patch, Site, Variant
 from ..models.adapter import Adapter, Edit, HookName
 from ..models.finite import not_finite
 from ..models.replay import Layout, Tape
-from ..prompts import Prompts
+from ..prompts import Prompts, check_prompts
 from ..prompts.roles import DEMO_ROLES, parse_role
 from ..scores import Metric, Scores, get_metric
 from ..scores.metrics import METRICS, Readouts, Targets
@@ -417,6 +417,7 @@ def inject_vectors(
             metric.
         PromptError: if vectors and prompts differ in number, or in demonstrations.
     """
+    check_prompts(prompts)
     adapter = Adapter.of(model)
     several = isinstance(metric, tuple)
     metrics = [get_metric(each) for each in (metric if several else (metric,))]

@@ -33,7 +33,7 @@ from ..errors import ModelError, PromptError
 from ..models.adapter import Adapter, Edit, HookName, Read
 from ..models.finite import not_finite
 from ..models.replay import Layout, Tape
-from ..prompts import Prompts
+from ..prompts import Prompts, check_prompts
 from .recording import Run, call_bytes, check_memory, record_run, slot_bytes
 from .sites import Cut, Patch, Variant
 
@@ -76,6 +76,7 @@ def run_variants(
     Raises:
         ModelError: if the model discards an edit, or a hook never fires.
     """
+    check_prompts(prompts)
     adapter = Adapter.of(model)
     budget = check_memory(max_memory)
     for variant in variants:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import PromptError, TvInterpError
 from ..models.adapter import Adapter
 from ..models.replay import Layout, Tape
-from ..prompts import Contrast, Prompts
+from ..prompts import Contrast, Prompts, check_contrast, check_prompts
 from .storing import IN_PLACE, Kept, Store
 
 MEMORY = 2 * 2**30
@@ -140,6 +140,7 @@ def record(
         PromptError: if the model cannot read the prompts.
         TvInterpError: if ``max_memory`` is not positive, or ``store`` none of these.
     """
+    check_contrast(contrast)
     adapter = Adapter.of(model)
     budget, keeper = check_memory(max_memory) / 3, Store.parse(store)
     clean = record_run(adapter, contrast.clean, max_memory=budget, store=keeper)
@@ -253,6 +254,7 @@ def check_fits(adapter: Adapter, prompts: Prompts) -> None:
         PromptError: if there are none, a token id is outside of the vocabulary, or they are longer
             than the context.
     """
+    check_prompts(prompts)
     if len(prompts) == 0:
         raise PromptError("empty selection: expected at least one prompt")
     vocab, n_ctx = adapter.model.cfg.d_vocab, adapter.model.cfg.n_ctx

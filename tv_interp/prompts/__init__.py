@@ -1,6 +1,6 @@
 """Prompts in which every token knows its role."""
 
-from .build import Contrast, Prompts, make_prompts
+from .build import Contrast, Prompts, check_contrast, check_prompts, make_prompts
 from .roles import Role
 from .tasks import Sample, Task, get_task, list_tasks
 
@@ -10,6 +10,8 @@ __all__ = [
     "Role",
     "Sample",
     "Task",
+    "check_contrast",
+    "check_prompts",
     "get_task",
     "list_tasks",
     "make_prompts",

@@ -546,6 +546,35 @@ class Contrast(Shown):
         return f"Contrast({self.clean.task.name!r}, {self.corruption!r}, {len(self)} pairs)"
 
 
+def check_prompts(value: Any) -> None:
+    """Refuse what is not `Prompts`.
+
+    Raises:
+        PromptError: if it is something else.
+    """
+    if isinstance(value, Contrast):
+        raise PromptError(
+            "expected Prompts, got a Contrast, which has two of them: pass its .clean or .corrupted"
+        )
+    if not isinstance(value, Prompts):
+        raise PromptError(
+            f"expected Prompts, got {type(value).__name__}: make them with make_prompts(...)"
+        )
+
+
+def check_contrast(value: Any) -> None:
+    """Refuse what is not a `Contrast`.
+
+    Raises:
+        PromptError: if it is something else.
+    """
+    if not isinstance(value, Contrast):
+        raise PromptError(
+            f"expected a Contrast, got {type(value).__name__}: make one with "
+            'prompts.corrupt("random_answers")'
+        )
+
+
 def check_aligned(clean: Prompts, corrupted: Prompts) -> None:
     """Refuse prompts that differ in number, length or roles.
 

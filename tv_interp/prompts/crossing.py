@@ -13,7 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ..errors import PromptError, check_seed
-from .build import Prompts
+from .build import Prompts, check_prompts
 from .corruptions import check_corruption
 from .tasks import Task, get_task
 from .tasks.base import RuledSample
@@ -59,6 +59,7 @@ def cross(prompts: Prompts, *, other: str | Task | None = None, seed: int = 1) -
         UnknownName: if there is no such other task.
         PromptError: if the task has no other rule or does not know its own, or no row is left.
     """
+    check_prompts(prompts)
     check_seed(seed)
     task = prompts.task
     labelled = task.family == "categorization"
