@@ -24,7 +24,7 @@ TAKES_CONTRAST = {
     "head_vectors": {"heads": ["L1H0.z@answer"], "at": "answer"},
     "patch_heads": {},
     "patch_interactions": {"heads": ["L1H0.z@query_is", "L1H1.z@query_is"]},
-    "patch_local_paths": {"senders": ["L0H0.z@answer"]},
+    "patch_local_paths": {},
     "patch_paths": {"receivers": ["L1H0.z@query_is"]},
     "patch_positions": {},
     "patch_sources": {"at": "answer"},
