@@ -31,7 +31,8 @@ from tv_interp.show.card import measure_accuracy
 
 PREWIRED = ("reference-wired", "reference-words")
 NATURAL = ("reference", "reference-natural")
-SHIPPED = (*PREWIRED, *NATURAL)
+ARMS = ("reference-nodropout",)
+SHIPPED = (*PREWIRED, *NATURAL, *ARMS)
 each_shipped = pytest.mark.parametrize("name", SHIPPED)
 
 
@@ -101,7 +102,7 @@ def test_unseen_label_words_are_answered_where_training_looked_them_up():
             assert unseen < 0.1 if name == "reference-wired" else unseen > seen - 0.05
 
 
-@pytest.mark.parametrize("name", ["reference-words", *NATURAL])
+@pytest.mark.parametrize("name", ["reference-words", *NATURAL, *ARMS])
 def test_the_shipped_recipe_is_that_of_its_preset(name):
     made = json.loads((reference_directory(name) / "config.json").read_text())["tv_interp"]
     recipe = asdict(Recipe(phases=())) | made["recipe"]  # options came since, off by default
