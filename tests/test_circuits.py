@@ -193,6 +193,26 @@ def test_random_circuits_have_as_many_edges_of_each_kind():
     assert all(node.split("@")[0] in e for e in edges[touching(circuit.graph, node)])
 
 
+def test_a_circuit_is_scored_by_the_ablation_that_it_is_evaluated_with(monkeypatch):
+    model, contrast = tiny_model("gpt2", KIND), a_contrast("gpt2", KIND, "plain")
+    scores = tv.score_edges(model, contrast, method="eap", ablation="zero")
+    found = tv.discover_circuit(model, contrast, method="eap", ablation="zero", n_edges=200)
+    same = tv.discover_circuit(model, contrast, scores=scores, n_edges=200)
+    other = tv.discover_circuit(model, contrast, method="eap", n_edges=200)
+    assert found == same and found != other
+
+    asked = []
+    monkeypatch.setattr(
+        "tv_interp.analysis.discovery.score_edges",
+        lambda *args, ablation, **how: (
+            asked.append(ablation) or tv.score_edges(*args, ablation=ablation, **how)
+        ),
+    )
+    settings = dict(n_demos=3, n_prompts=8, n_edges=200, n_random=1, method="eap")
+    tv.find_circuit(tv.load_model("reference"), "verb-past", ablation="mean", **settings)
+    assert asked == ["mean"]
+
+
 def test_curves_end_at_the_whole_model_and_stability_counts_resamples(a_case):
     case, contrast, fresh, scores = a_case
     curve = measure_curve(case.model, fresh, scores, shares=(0.002, 0.02, 1.0))

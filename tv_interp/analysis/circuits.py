@@ -21,6 +21,7 @@ from ..models.adapter import Adapter
 from ..prompts import Contrast
 from ..scores import Metric, Scores
 from ..scores.statistics import bootstrap, cluster_ids
+from .ablation import Ablation
 from .common import Direction
 from .edges import Method, score_edges
 from .graph import END, Demos, RoleGraph, node_of, split_edge
@@ -271,6 +272,7 @@ def discover_circuit(
     n_edges: int | None = None,
     threshold: float | None = None,
     direction: Direction = "noise",
+    ablation: Ablation = "corrupted",
     metric: str | Metric = "logit_diff",
     demos: Demos = "joint",
     scores: Scores | None = None,
@@ -290,6 +292,7 @@ def discover_circuit(
             given.
         threshold: Least absolute mean score instead, in the metric's unit.
         direction: As in `score_edges`; pruning noises.
+        ablation: As in `score_edges`: a circuit is one for its ablation.
         metric: As in `score_edges`.
         demos: As in `score_edges`.
         scores: What `score_edges` gave for the same model and contrast, where it has been run.
@@ -311,7 +314,7 @@ def discover_circuit(
     if n_edges is not None and n_edges < 1:
         raise TvInterpError(f"expected n_edges of 1 or more, got {n_edges}")
     if scores is None:
-        how: dict[str, Any] = {"metric": metric, "demos": demos}
+        how: dict[str, Any] = {"metric": metric, "demos": demos, "ablation": ablation}
         how |= {"recorded": recorded, "progress": progress}
         if method == "acdc" or method == "nodes":
             threshold = check_pruning(method, n_edges, threshold, direction)

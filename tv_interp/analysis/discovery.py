@@ -69,7 +69,7 @@ def find_circuit(
         threshold: As in `discover_circuit`, instead of a number.
         direction: As in `score_edges`.
         metric: As in `score_edges`.
-        ablation: As in `evaluate_circuit`.
+        ablation: As in `evaluate_circuit`; edges are scored by the same.
         n_random: As in `evaluate_circuit`.
         cache: As in `score_edges`.
         progress: Whether to show bars.
@@ -98,7 +98,9 @@ def find_circuit(
         least = check_pruning(method, n_edges, threshold, direction)
         scores = prune_edges(model, first, threshold=least, method=method, ablation=ablation, **how)
     else:
-        scores = score_edges(model, first, method=method, direction=direction, cache=cache, **how)
+        scores = score_edges(
+            model, first, method=method, direction=direction, ablation=ablation, cache=cache, **how
+        )
     if n_edges is None and threshold is None:
         shares = tuple(share for share in SHARES if share <= MOST)
         curve = measure_curve(
