@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -32,6 +32,8 @@ from .tasks.base import pick_foil
 from .tasks.registry import unrelated_answers
 
 DEFAULT_TEMPLATE = "{x} is {y}\n"
+MOST_WORDS = 10
+"""That a message names."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -728,9 +730,20 @@ def _assemble(
     rows: list[tuple] = []
     kept: list[int] = []
     lead = [like.tokenizer.bos_token_id] if like.prepend_bos else []
+    unknown = _unknown_id(like.tokenizer)
+    _refuse_unknown(
+        like.tokenizer,
+        (
+            text[start:end]
+            for text, ids, offsets in zip(
+                texts, plain["input_ids"], plain["offset_mapping"], strict=True
+            )
+            for token, (start, end) in zip(ids, offsets, strict=True)
+            if token == unknown
+        ),
+    )
     for i in range(len(samples)):
         ids, offsets = plain["input_ids"][i], plain["offset_mapping"][i]
-        _refuse_unknown(like.tokenizer, ids, offsets, texts[i], samples[i])
         start = len(texts[i]) + len(template.gap)
         try:
             roles, demos = assign_roles(texts[i], rendered[i], offsets)
@@ -743,7 +756,8 @@ def _assemble(
         except Misaligned as reason:
             dropped[str(reason)] += 1
             continue
-        _refuse_unknown(like.tokenizer, [answer, foil], None, "", samples[i])
+        said = {samples[i].answer: answer, samples[i].foil: foil}
+        _refuse_unknown(like.tokenizer, (word for word, token in said.items() if token == unknown))
         roles = [Role.bos] * len(lead) + roles
         rows.append((lead + ids, roles, [-1] * len(lead) + demos, answer, foil))
         kept.append(i)
@@ -797,17 +811,18 @@ def _first_new(
     return longer[len(ids)]
 
 
-def _refuse_unknown(tokenizer: Any, ids, offsets, text: str, sample: Sample) -> None:
-    """Refuse unknown tokens: a model reads all unknown words as the same word."""
-    unknown_id = tokenizer.unk_token_id
-    if unknown_id is None or unknown_id not in ids or tokenizer.unk_token == tokenizer.eos_token:
+def _refuse_unknown(tokenizer: Any, words: Iterable[str]) -> None:
+    """Refuse words that are unknown tokens: a model reads all of them as the same word."""
+    told = [repr(word) for word in dict.fromkeys(words)]
+    if not told:
         return
-    if offsets is None:
-        word = f"{sample.answer!r} or {sample.foil!r}"
-    else:
-        start, end = offsets[ids.index(unknown_id)]
-        word = repr(text[start:end])
+    more = f" and {len(told) - MOST_WORDS} more" if len(told) > MOST_WORDS else ""
     raise PromptError(
-        f"the tokenizer does not know {word} and reads it as {tokenizer.unk_token!r}: use words "
-        "and a template of the model's vocabulary"
+        f"the tokenizer does not know {', '.join(told[:MOST_WORDS])}{more} and reads each as "
+        f"{tokenizer.unk_token!r}: use words and a template of the model's vocabulary"
     )
+
+
+def _unknown_id(tokenizer: Any) -> int | None:
+    """Get the id of unknown words, where it says nothing else."""
+    return None if tokenizer.unk_token == tokenizer.eos_token else tokenizer.unk_token_id
