@@ -31,7 +31,7 @@ from tv_interp.show.card import measure_accuracy
 
 PREWIRED = ("reference-wired", "reference-words")
 NATURAL = ("reference", "reference-natural")
-ARMS = ("reference-nodropout",)
+ARMS = ("reference-nodropout", "reference-tokendropout")
 SHIPPED = (*PREWIRED, *NATURAL, *ARMS)
 each_shipped = pytest.mark.parametrize("name", SHIPPED)
 
