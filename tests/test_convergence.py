@@ -145,7 +145,7 @@ def test_some_counts_are_those_of_all_counts_and_each_set_runs_once():
     some = ablate_demos(model, prompts, metric="logit_diff", draws=3, counts=[0, 2, 3])
     np.testing.assert_allclose(some.data, every.data.sel(demo=[0, 2, 3]), atol=1e-5)
     one = ablate_demos(model, prompts, metric="logit_diff", draws=1, counts=[3])
-    np.testing.assert_allclose(one.data, every.data.sel(demo=[3]), atol=1e-6)
+    np.testing.assert_allclose(one.data, every.data.sel(demo=[3]), atol=1e-5)
 
 
 # --------------------------------------------------------------------------------- convergence
