@@ -103,7 +103,7 @@ def test_any_object_with_name_family_and_sample_is_a_task():
 def test_default_corruptions_are_those_of_the_family():
     for name, kinds in {
         "country-capital": ("task", "random_answers", "inputs"),
-        "noun-plural": ("answers", "random_answers", "inputs"),  # no partner to take demonstrations from
+        "noun-plural": ("answers", "random_answers", "inputs"),  # it has no partner
         "verb-past-bijection": ("task", "random_answers", "inputs"),
         "digit": ("labels", "answers", "inputs"),
         "lookup": ("answers", "inputs"),
