@@ -719,8 +719,20 @@ def _assemble(
     rendered = [template.render(list(s.demos), s.query) for s in samples]
     texts = ["".join(part for part, _, _ in segments) for segments in rendered]
 
+    unknown = _unknown_id(like.tokenizer)
     if samples:
         plain = _encode(like.tokenizer, texts)
+        _refuse_unknown(
+            like.tokenizer,
+            (
+                text[start:end]
+                for text, ids, offsets in zip(
+                    texts, plain["input_ids"], plain["offset_mapping"], strict=True
+                )
+                for token, (start, end) in zip(ids, offsets, strict=True)
+                if token == unknown
+            ),
+        )
         answers, foils = (
             _encode(
                 like.tokenizer, [t + template.gap + w for t, w in zip(texts, words, strict=True)]
@@ -730,18 +742,6 @@ def _assemble(
     rows: list[tuple] = []
     kept: list[int] = []
     lead = [like.tokenizer.bos_token_id] if like.prepend_bos else []
-    unknown = _unknown_id(like.tokenizer)
-    _refuse_unknown(
-        like.tokenizer,
-        (
-            text[start:end]
-            for text, ids, offsets in zip(
-                texts, plain["input_ids"], plain["offset_mapping"], strict=True
-            )
-            for token, (start, end) in zip(ids, offsets, strict=True)
-            if token == unknown
-        ),
-    )
     for i in range(len(samples)):
         ids, offsets = plain["input_ids"][i], plain["offset_mapping"][i]
         start = len(texts[i]) + len(template.gap)
