@@ -143,6 +143,7 @@ def test_a_default_corruption_that_fits_no_prompt_is_left_out_and_told():
         tv.find_heads(model, "simple-string", n_prompts=8, corruptions=("labels", "inputs"))
 
 
+@pytest.mark.slow
 def test_the_heads_that_write_what_they_read_at_the_input_are_found_by_default():
     """In the reference model no head was planted, and those heads show under ``inputs`` alone."""
     found = tv.find_heads(tv.load_model("reference"), "country-capital", n_prompts=24)
