@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from conftest import KINDS, tiny_model
+from conftest import KINDS, precise, tiny_model
 
 import tv_interp as tv
 from tv_interp.analysis.convergence import (
@@ -140,12 +140,14 @@ def test_bad_ablations_are_refused():
 
 
 def test_some_counts_are_those_of_all_counts_and_each_set_runs_once():
-    model, prompts = plain("llama", KINDS[0])
-    every = ablate_demos(model, prompts, metric="logit_diff", draws=3)
-    some = ablate_demos(model, prompts, metric="logit_diff", draws=3, counts=[0, 2, 3])
-    np.testing.assert_allclose(some.data, every.data.sel(demo=[0, 2, 3]), atol=1e-5)
-    one = ablate_demos(model, prompts, metric="logit_diff", draws=1, counts=[3])
-    np.testing.assert_allclose(one.data, every.data.sel(demo=[3]), atol=1e-5)
+    with precise(torch.float64):
+        model = tiny_model("llama", KINDS[0], torch.float64)
+        _, prompts = plain("llama", KINDS[0])
+        every = ablate_demos(model, prompts, metric="logit_diff", draws=3)
+        some = ablate_demos(model, prompts, metric="logit_diff", draws=3, counts=[0, 2, 3])
+        np.testing.assert_allclose(some.data, every.data.sel(demo=[0, 2, 3]), atol=1e-10)
+        one = ablate_demos(model, prompts, metric="logit_diff", draws=1, counts=[3])
+        np.testing.assert_allclose(one.data, every.data.sel(demo=[3]), atol=1e-10)
 
 
 # --------------------------------------------------------------------------------- convergence
