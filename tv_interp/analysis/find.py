@@ -288,10 +288,9 @@ def find_heads(
     halves = split_prompts(
         model, task, n_demos=n_demos, n_prompts=n_prompts, seed=seed, template=template
     )
-    notes: list[str] = []
-    if corruptions is None:
-        kinds, notes = _fitting(halves, kinds, seed)
-    search = _Search(model, halves, kinds, seed, metric, fdr, min_recovered, progress, notes)
+    contrasts, notes = _corrupted(halves, kinds, seed, all_fit=corruptions is not None)
+    kinds = tuple(dict.fromkeys(kind for kind, _ in contrasts))
+    search = _Search(model, contrasts, seed, metric, fdr, min_recovered, progress, notes)
     labels = search.label()
     found = {
         at: [h for h, label in labels.items() if ROLES[label[0]] == at] for at in ROLES.values()
@@ -397,25 +396,27 @@ def _halve(labels: Sequence[str], rng: np.random.Generator) -> list[int]:
     return [side[label] for label in labels]
 
 
-def _fitting(
-    halves: Sequence[Prompts], kinds: Sequence[str], seed: int
-) -> tuple[tuple[str, ...], list[str]]:
-    """Leave out the corruptions that fit none of the prompts, and say so; two must remain."""
-    fitting, refused = [], []
+def _corrupted(
+    halves: Sequence[Prompts], kinds: Sequence[str], seed: int, *, all_fit: bool
+) -> tuple[dict[tuple[str, int], Contrast], list[str]]:
+    """Corrupt both halves in every way, by kind and half.
+
+    Where not all must fit, those that fit none of the prompts are left out, with a note on each;
+    two must remain.
+    """
+    contrasts: dict[tuple[str, int], Contrast] = {}
+    notes: list[str] = []
+    least = len(kinds) if all_fit else 2
     for kind in kinds:
         try:
-            for half, prompts in enumerate(halves):
-                prompts.corrupt(kind, seed=_corruption_seed(seed, half))
-            fitting.append(kind)
+            made = {(kind, i): h.corrupt(kind, seed=seed + 1 + i) for i, h in enumerate(halves)}
         except PromptError as error:
-            if len(kinds) - len(refused) <= 2:
+            if len(kinds) - len(notes) <= least:
                 raise
-            refused.append(f"left out: {error}")
-    return tuple(fitting), refused
-
-
-def _corruption_seed(seed: int, half: int) -> int:
-    return seed + 1 + half
+            notes.append(f"left out: {error}")
+        else:
+            contrasts |= made
+    return contrasts, notes
 
 
 class _Search:
@@ -424,30 +425,28 @@ class _Search:
     def __init__(
         self,
         model: Any,
-        halves: tuple[Prompts, Prompts],
-        kinds: Sequence[str],
+        contrasts: Mapping[tuple[str, int], Contrast],
         seed: int,
         metric: str,
         fdr: float,
         min_recovered: float,
         progress: bool,
-        notes: Iterable[str] = (),
+        notes: Iterable[str],
     ) -> None:
         self.model, self.seed, self.metric = model, seed, metric
         self.fdr, self.min_recovered, self.progress = fdr, min_recovered, progress
         self.notes = list(notes)
         self._intervals: dict[tuple[str, Direction, str], Any] = {}
-        self.contrasts: dict[tuple[str, int], Contrast] = {}
+        self.contrasts = contrasts
         self.recorded: dict[tuple[str, int], Recorded] = {}
         self.effects: dict[tuple[str, int, Direction, str], Scores] = {}
-        for kind, half in itertools.product(kinds, (0, 1)):
-            contrast = halves[half].corrupt(kind, seed=_corruption_seed(seed, half))
-            self.contrasts[kind, half] = contrast
+        for (kind, half), contrast in contrasts.items():
             self.recorded[kind, half] = record(model, contrast)
             for direction, at in itertools.product(DIRECTIONS, ("answer", "query_is")):
                 self.effects[kind, half, direction, at] = patch_heads(
                     model, contrast, at=at, direction=direction, **self._shared(kind, half)
                 )
+        kinds = dict.fromkeys(kind for kind, _ in contrasts)
         self.visible = [kind for kind in kinds if self._clear(kind)]
 
     def _shared(self, kind: str, half: int) -> dict[str, Any]:
