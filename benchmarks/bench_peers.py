@@ -42,7 +42,7 @@ PINS = (
     "datasets==3.6.0", f"torch=={torch.__version__}",
 )  # fmt: skip
 SIZE = dict(n_layers=4, n_head=8, n_embd=256, n_inner=1024, d_vocab=1000, n_ctx=64)
-N_PROMPTS, N_DEMOS, REPEATS = 16, 12, 3
+N_PROMPTS, N_DEMOS, REPEATS = 16, 12, 7
 Values = dict[str, float]
 NAMES = {
     "ours": "tv_interp",

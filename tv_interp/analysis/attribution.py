@@ -203,21 +203,25 @@ class _Step:
         graph, serial = self.graph, self.graph.has_mlp and self.graph.order == "serial"
         first = min((layer for _, layer in swaps), default=0)
         attends = range(first + bool(swaps), graph.n_layers)
-        leaves: list[HookName] = [("z", layer) for layer in attends]
-        leaves += [("resid_pre", la) for la in range(attends.start, graph.n_layers + 1)]
+        leaves: list[HookName] = [(w, la) for w in ("z", "attn_scores", "q") for la in attends]
+        reads = range(first + 1 if serial else attends.start, graph.n_layers + 1)
+        leaves += [("resid_pre", layer) for layer in reads]
         leaves += [("attn_out", la) for la in range(first, graph.n_layers) if serial]
         leaves = list(dict.fromkeys([*leaves, *swaps]))
-        inner = {("z", layer): [(via, layer) for via in VIA] for layer in attends}
+        outer: dict[HookName, HookName] = {("v", layer): ("z", layer) for layer in attends}
+        outer |= {("k", layer): ("attn_scores", layer) for layer in attends}
         run = self.parts.adapter, self.tape, x, self.readout, self.rows
-        walk = Walk(*run, leaves, swaps, inner)
+        walk = Walk(*run, leaves, swaps, outer)
         at = walk.gradients
         for layer in reversed(range(first, graph.n_layers)):
             if layer in attends:
-                self._add_heads(found, walk, layer, change[:, :, : graph.below(layer)], weight)
+                by_via = self._at_qkv(walk, layer)
+                some = change[:, :, : graph.below(layer)]
+                self._add_heads(found, layer, walk.resid[layer], some, by_via, weight)
             if serial:
                 at_mlp = at["attn_out", layer] - at["resid_pre", layer + 1]
             elif graph.has_mlp and layer in attends:
-                by_heads = self._onto_stream(layer, walk.resid[layer], at["z", layer])
+                by_heads = self._onto_stream(layer, walk.resid[layer], by_via)
                 at_mlp = at["resid_pre", layer] - at["resid_pre", layer + 1] - by_heads
             else:
                 continue
@@ -237,9 +241,10 @@ class _Step:
     def _add_heads(
         self,
         found: Float[np.ndarray, "row edge"],
-        walk: Walk,
         layer: int,
+        x: Float[Tensor, "row pos d_model"],
         change: Float[Tensor, "row pos sender d_model"],
+        gradients: Mapping[Via, Float[Tensor, "dest row pos head d_head"]],
         weight: float,
     ) -> None:
         """Add the scores of the edges into a layer's heads, at all places where these are.
@@ -248,16 +253,18 @@ class _Step:
         norm, rather than the gradients back through it. A query is of its own place, so those of
         all places are one gradient.
         """
-        graph, changed = self.graph, self._through_norm(layer, walk.resid[layer], change)
-        dests = [d for d in range(len(graph.places)) if graph.is_live(layer, d)]
-        q, k, v = self._at_qkv(walk, layer, dests)
-        products = self._into(layer, "q", changed, q.sum(0, keepdim=True))[:, :, :, 0]
-        where = np.arange(len(graph.places))
-        numbers = graph.numbers["q", layer][where, :, where]
-        _add(found, numbers, products, weight)
-        for via, gradient in zip(VIA[1:], (k, v), strict=True):
-            numbers = graph.numbers[via, layer][:, :, dests]
-            _add(found, numbers, self._into(layer, via, changed, gradient), weight)
+        graph, changed = self.graph, self.parts.through_norm(layer, x, change)
+        where, dests = np.arange(len(graph.places)), self._dests(layer)
+        for via, gradient in gradients.items():
+            products = self._into(layer, via, changed, gradient)
+            if via == "q":
+                _add(found, graph.numbers["q", layer][where, :, where], products[:, :, :, 0], weight)
+            else:
+                _add(found, graph.numbers[via, layer][:, :, dests], products, weight)
+
+    def _dests(self, layer: int) -> list[int]:
+        """List the places where a layer's heads reach the logits."""
+        return [d for d in range(len(self.graph.places)) if self.graph.is_live(layer, d)]
 
     def _into(
         self,
@@ -290,48 +297,38 @@ class _Step:
         self,
         layer: int,
         x: Float[Tensor, "row pos d_model"],
-        at_z: Float[Tensor, "row pos head d_head"],
+        gradients: Mapping[Via, Float[Tensor, "dest row pos head d_head"]],
     ) -> Float[Tensor, "row pos d_model"]:
         """Get the gradient that reaches the residual stream through a layer's heads."""
-        x, layout = x.clone().requires_grad_(True), Layout.suffix(0, x.shape[1])
-        adapter = self.parts.adapter
-        z = adapter.block(self.tape, layer, x, layout, until="z", gradients="on")
-        return torch.autograd.grad(z, x, at_z)[0]
-
-    def _through_norm(
-        self, layer: int, x: Float[Tensor, "row pos d_model"], change: Tensor
-    ) -> Float[Tensor, "row pos sender d_model"]:
-        """Apply the Jacobian of the norm in front of attention.
-
-        Its transpose is linear in the gradient that it is given, so its derivative by that is the
-        Jacobian.
-        """
-        inputs, given = x.clone().requires_grad_(True), torch.zeros_like(x, requires_grad=True)
-        out = self.parts.norm(layer, inputs, gradients="on")
-        with torch.enable_grad():
-            (back,) = torch.autograd.grad(out, inputs, given, create_graph=True)
-        batch = change.movedim(2, 0)
-        (changed,) = torch.autograd.grad(back, given, batch, is_grads_batched=True)
-        return changed.movedim(0, 2)
+        x = x.clone().requires_grad_(True)
+        at_normed = torch.zeros_like(x)
+        for via, gradient in gradients.items():
+            maps, _ = self.parts.weights(layer, via)
+            at_normed += torch.einsum("dbthe,hme->btm", gradient, maps)
+        return torch.autograd.grad(self.parts.norm(layer, x, gradients="on"), x, at_normed)[0]
 
     def _at_qkv(
-        self, walk: Walk, layer: int, dests: Sequence[int]
-    ) -> list[Float[Tensor, "dest row pos head d_head"]]:
-        """Get the gradients at each query head's own q, k and v, through its z at some places.
+        self, walk: Walk, layer: int
+    ) -> dict[Via, Float[Tensor, "dest row pos head d_head"]]:
+        """Get the gradients at each query head's own q, k and v, for keys and values by place.
 
-        Heads that share keys and values take turns, as the places do.
+        Heads at a place read through their own rows of attention, so it is those alone that are
+        taken back. Heads that share keys and values take turns, as the places do.
         """
-        at_z = walk.gradients["z", layer]
-        from_dests = at_z * self.masks[:, :, dests].movedim(2, 0)[..., None, None]
-        adapter = self.parts.adapter
+        adapter, at = self.parts.adapter, walk.gradients
+        by_dest = self.masks[:, :, self._dests(layer)].movedim(2, 0)  # [dest, row, pos]
         n_turns = adapter.n_heads // adapter.n_kv_heads
-        turn = torch.arange(adapter.n_heads, device=at_z.device) % n_turns
-        turns = torch.arange(n_turns, device=at_z.device)[:, None] == turn  # [turn, head]
-        wanted = torch.where(turns[:, None, None, None, :, None], from_dests, 0)
-        found = walk.pull_back(("z", layer), wanted.flatten(0, 1))
-        q, k, v = (gradient.unflatten(0, wanted.shape[:2]) for gradient in found)
-        own = [g.permute(1, 2, 3, 4, 0, 5).flatten(3, 4) for g in (k, v)]
-        return [q.sum(0), *own]
+        turn = torch.arange(adapter.n_heads, device=by_dest.device) % n_turns
+        turns = (torch.arange(n_turns, device=turn.device)[:, None] == turn).to(by_dest)
+        ends: dict[Via, Tensor] = {
+            "k": torch.einsum("bhij,dbi,gh->dgbhij", at["attn_scores", layer], by_dest, turns),
+            "v": torch.einsum("bihe,dbi,gh->dgbihe", at["z", layer], by_dest, turns),
+        }
+        found: dict[Via, Tensor] = {"q": at["q", layer][None]}
+        for via, wanted in ends.items():
+            each = walk.pull_back((via, layer), wanted.flatten(0, 1)).unflatten(0, wanted.shape[:2])
+            found[via] = each.permute(0, 2, 3, 4, 1, 5).flatten(3, 4)
+        return found
 
 
 def _add(

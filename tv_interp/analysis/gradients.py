@@ -40,7 +40,7 @@ class Walk:
         rows: Tensor,
         leaves: Iterable[HookName],
         swaps: Mapping[HookName, Tensor] = MappingProxyType({}),
-        inner: Mapping[HookName, Sequence[HookName]] = MappingProxyType({}),
+        outer: Mapping[HookName, HookName] = MappingProxyType({}),
     ) -> None:
         """Walk through all blocks.
 
@@ -53,17 +53,17 @@ class Walk:
             leaves: Activations with respect to which the metric is differentiated;
                 ``("resid_pre", l)`` up to the number of layers is the residual stream.
             swaps: Activations that are put in the place of the model's own.
-            inner: Activations with respect to which leaves are differentiated, by leaf; see
-                `pull_back`.
+            outer: Further activations, each with the leaf whose gradients `pull_back` takes back to
+                it.
 
         Raises:
             ScoreError: if the metric cannot be differentiated.
             ModelError: if the model discards edits of a leaf, or gradients are NaN or infinite.
         """
         names = list(leaves)
-        planted = [*names, *(name for some in inner.values() for name in some)]
+        planted = [*names, *outer]
         made: dict[HookName, Tensor] = {}
-        self._inner: dict[HookName, tuple[Tensor, list[Tensor]]] = {}
+        whole: dict[HookName, Tensor] = {}
         self.resid: list[Tensor] = []
         self.seen: dict[HookName, Tensor] = {}
 
@@ -72,10 +72,8 @@ class Walk:
                 activation = swaps.get(name, activation)
                 self.seen[name] = activation.detach()
                 leaf = torch.zeros_like(self.seen[name], requires_grad=True)
-                made[name], whole = leaf, activation + leaf
-                if name in inner:
-                    self._inner[name] = whole, [made[n] for n in inner[name]]
-                return whole
+                made[name], whole[name] = leaf, activation + leaf
+                return whole[name]
 
             return edit
 
@@ -96,8 +94,9 @@ class Walk:
                 'log_prob or kl, or method="exact"'
             )
         self.values = values.detach()
-        at, kept = [made[name] for name in names], bool(inner)
+        at, kept = [made[name] for name in names], bool(outer)
         found = torch.autograd.grad(values.sum(), at, allow_unused=True, retain_graph=kept)
+        self._ends = {name: (whole[end], made[name]) for name, end in outer.items()}
         missing = [n for n, g in zip(names, found, strict=True) if g is None]
         if missing:
             raise ModelError(
@@ -111,16 +110,16 @@ class Walk:
 
     def pull_back(
         self, name: HookName, cotangents: Float[Tensor, "each ..."]
-    ) -> tuple[Float[Tensor, "each ..."], ...]:
-        """Take gradients at a leaf back to those before it, several at once.
+    ) -> Float[Tensor, "each ..."]:
+        """Take gradients at the leaf behind an activation back to it, several at once.
 
-        Each leaf once, from the last layer down: what is not needed any more is let go.
+        Each activation once, from the last layer down: what is not needed any more is let go.
         """
-        whole, inner = self._inner.pop(name)
-        kept = bool(self._inner)
+        outer, inner = self._ends.pop(name)
+        kept = bool(self._ends)
         return torch.autograd.grad(
-            whole, inner, cotangents, is_grads_batched=True, retain_graph=kept
-        )
+            outer, inner, cotangents, is_grads_batched=True, retain_graph=kept
+        )[0]
 
 
 def few_rows(adapter: Adapter, tape: Tape, budget: float, copies: int = 1) -> Sequence[Tensor]:
@@ -133,7 +132,8 @@ def few_rows(adapter: Adapter, tape: Tape, budget: float, copies: int = 1) -> Se
         copies: How many of each row one step holds.
     """
     each = call_bytes(adapter, tape.n_pos, tape.n_pos) * (adapter.n_layers + copies)
-    return torch.arange(tape.n_rows).split(max(1, int(budget / each)))
+    n_steps = -(-tape.n_rows // max(1, int(budget / each)))
+    return torch.arange(tape.n_rows).chunk(n_steps)  # steps of equal size need the least memory
 
 
 def some_rows(tape: Tape, rows: Tensor) -> Tape:

@@ -8,7 +8,7 @@ together from these is not assumed but tested on one recorded prompt.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -21,6 +21,9 @@ from .replay import Layout, Tape
 
 Via = Literal["q", "k", "v"]
 VIA: tuple[Via, ...] = ("q", "k", "v")
+Norm = Literal["layer", "rms", "other"]
+_ROUGH = 0.02
+"""How far two ways to compute the same may differ in half precision, of the largest value."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +35,15 @@ class Parts:
         has_mlp: Whether its blocks have MLPs.
         order: ``"serial"`` where an MLP reads what its block's heads add, ``"parallel"`` where it
             reads what they read.
+        kind: What the norm in front of attention does, the gain and bias apart: ``"layer"``
+            subtracts the mean and divides by the standard deviation, ``"rms"`` divides by the root
+            mean square, ``"other"`` does something else.
     """
 
     adapter: Adapter
     has_mlp: bool
     order: Literal["serial", "parallel"]
+    kind: Norm = "other"
 
     @classmethod
     def of(cls, adapter: Adapter, tape: Tape) -> Parts:
@@ -52,7 +59,7 @@ class Parts:
             for order in ("serial", "parallel") if has_mlp else ("serial",):
                 parts = cls(adapter, has_mlp, order)
                 if all(parts._fits(tape, layer) for layer in adapter.layers):
-                    return parts
+                    return replace(parts, kind=parts._kind(tape))
         except (AttributeError, TypeError, RuntimeError) as error:
             raise _strange(adapter) from error
         raise _strange(adapter)
@@ -80,6 +87,27 @@ class Parts:
         flat, block = x.flatten(0, -3), self.adapter.model.blocks[layer]
         with torch.set_grad_enabled(gradients == "on"), no_graph_kept(block, gradients):
             return block.ln1(flat).view(x.shape)
+
+    def through_norm(
+        self,
+        layer: int,
+        x: Float[Tensor, "row pos d_model"],
+        change: Float[Tensor, "row pos each d_model"],
+    ) -> Float[Tensor, "row pos each d_model"]:
+        """Apply the Jacobian of the norm in front of attention at ``x``, to several changes of it.
+
+        With the gain g, and s what the centred x is divided by to give y, the Jacobian of ``"rms"``
+        is diag(g) (1 - y y' / d) / s, and that of ``"layer"`` takes the mean away besides.
+        """
+        if self.kind == "other":
+            return self._through_any_norm(layer, x, change)
+        y, scale = self._standardize(x)
+        taken = [y, torch.ones_like(y)] if self.kind == "layer" else [y]
+        out = torch.stack(taken, 2).to(change.dtype).flatten(0, 1)
+        flat = change.flatten(0, 1)
+        parts = flat @ out.mT / change.shape[-1]
+        changed = torch.baddbmm(flat, parts, out, alpha=-1).view(change.shape)
+        return changed.mul_((self._gain(layer) / scale).to(change.dtype)[:, :, None])
 
     def writes(
         self, layer: int, z: Float[Tensor, "row pos head d_head"]
@@ -116,6 +144,55 @@ class Parts:
         n = self.adapter.n_heads
         return weight if len(weight) == n else weight.repeat_interleave(n // len(weight), 0)
 
+    def _through_any_norm(self, layer: int, x: Tensor, change: Tensor) -> Tensor:
+        """Apply the Jacobian of a norm that nothing is known of.
+
+        Its transpose is linear in the gradient that it is given, so its derivative by that is the
+        Jacobian.
+        """
+        inputs, given = x.clone().requires_grad_(True), torch.zeros_like(x, requires_grad=True)
+        out = self.norm(layer, inputs, gradients="on")
+        with torch.enable_grad():
+            (back,) = torch.autograd.grad(out, inputs, given, create_graph=True)
+        batch = change.movedim(2, 0)
+        (changed,) = torch.autograd.grad(back, given, batch, is_grads_batched=True)
+        return changed.movedim(0, 2)
+
+    def _standardize(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute what a norm of this kind gives before gain and bias, and what it divides by."""
+        x = x if x.dtype == torch.float64 else x.float()
+        x = x - x.mean(-1, keepdim=True) if self.kind == "layer" else x
+        scale = (x.square().mean(-1, keepdim=True) + self.adapter.model.cfg.eps).sqrt()
+        return x / scale, scale
+
+    def _gain(self, layer: int) -> Float[Tensor, " d_model"]:
+        """Measure what a norm multiplies by, however it stores that: at 1, -1, 1, ... and minus it.
+
+        There no element is near 0, and the bias drops out.
+        """
+        signs = torch.ones(1, 1, self.adapter.d_model, device=self.adapter.device)
+        signs[..., 1::2] = -1
+        signs = signs.to(self.adapter.dtype)
+        both = self.norm(layer, torch.cat([signs, -signs]))
+        return (both[0] - both[1])[0] / 2 / self._standardize(signs)[0][0, 0]
+
+    def _kind(self, tape: Tape) -> Norm:
+        """Find which kind of norm has the Jacobian that the model's has, in all layers."""
+        for kind in ("layer", "rms"):
+            parts = replace(self, kind=kind)
+            if all(parts._has_jacobian(tape, layer) for layer in self.adapter.layers):
+                return kind
+        return "other"
+
+    def _has_jacobian(self, tape: Tape, layer: int) -> bool:
+        """Whether the Jacobian at a recorded prompt is that of a norm of this kind."""
+        x = tape.resid[layer][:1]
+        change = torch.linspace(-1, 2, x.shape[-1]).sin().to(x).expand_as(x)[:, :, None]
+        ours = self.through_norm(layer, x, change)
+        theirs = self._through_any_norm(layer, x, change)
+        exact = {torch.float64: 1e-10, torch.float32: 1e-5}.get(x.dtype, _ROUGH)
+        return _close(ours, theirs, exact)
+
     def _fits(self, tape: Tape, layer: int) -> bool:
         """Whether a recorded block is what its parts make."""
         adapter, x = self.adapter, tape.resid[layer][:1]
@@ -137,8 +214,13 @@ class Parts:
             pairs.append((self.mlp(one, layer, read), seen["mlp_out", layer]))
             out = out + seen["mlp_out", layer]
         pairs.append((out, tape.resid[layer + 1][:1]))
-        tolerance = 0.02 if adapter.dtype in (torch.bfloat16, torch.float16) else 1e-4
-        return all(bool((a - b).abs().max() <= tolerance * (1 + b.abs().max())) for a, b in pairs)
+        tolerance = _ROUGH if adapter.dtype in (torch.bfloat16, torch.float16) else 1e-4
+        return all(_close(a, b, tolerance) for a, b in pairs)
+
+
+def _close(ours: Tensor, theirs: Tensor, tolerance: float) -> bool:
+    """Whether two ways to compute the same agree."""
+    return bool((ours - theirs).abs().max() <= tolerance * (1 + theirs.abs().max()))
 
 
 def _strange(adapter: Adapter) -> ModelError:
