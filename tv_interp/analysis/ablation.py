@@ -21,6 +21,7 @@ from ..interventions.recording import Run
 from ..models.adapter import Edit, HookName
 from ..models.parts import VIA, Parts, Via
 from ..models.replay import Layout, Tape
+from ..prompts import Prompts
 from ..scores.metrics import Readout
 from .attribution import Outputs
 from .gradients import few_rows, some_rows
@@ -48,12 +49,15 @@ class Ablated:
     (``"mean"``), or nothing (``"zero"``).
     """
 
-    def __init__(self, parts: Parts, runs: tuple[Run, Run], ablation: Ablation) -> None:
+    def __init__(
+        self, parts: Parts, prompts: Prompts, corrupted: Run, ablation: Ablation
+    ) -> None:
         """Average over the tokens of the corrupted run, where means are asked for.
 
         Args:
             parts: The model.
-            runs: The clean and the corrupted run.
+            prompts: The prompts whose run is ablated.
+            corrupted: The corrupted run of them.
             ablation: Which of the three.
 
         Raises:
@@ -61,8 +65,8 @@ class Ablated:
         """
         check_ablation(ablation)
         self.parts, self.ablation = parts, ablation
-        self.prompts = runs[0].prompts
-        self.mean = _means(parts, runs[1]) if ablation == "mean" else None
+        self.prompts = prompts
+        self.mean = _means(parts, corrupted) if ablation == "mean" else None
 
     def senders(
         self, rows: Tensor, outputs: Outputs, other: Tape
@@ -112,7 +116,7 @@ class EdgeRunner:
         self.graph, self.parts, self.readout = graph, parts, readout
         clean, corrupted = runs
         self.batches: list[_Batch] = []
-        ablated = Ablated(parts, runs, ablation)
+        ablated = Ablated(parts, clean.prompts, corrupted, ablation)
         for (rows, tape), (_, other) in zip(clean.tapes(), corrupted.tapes(), strict=True):
             for some in few_rows(parts.adapter, tape, clean.max_memory, 4 * graph.n_senders):
                 here = some_rows(tape, some)

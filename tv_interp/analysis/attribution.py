@@ -19,7 +19,7 @@ z at that place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
@@ -30,12 +30,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm import tqdm
 
-from ..interventions.recording import Run
 from ..models.adapter import HookName
 from ..models.finite import not_finite
 from ..models.parts import VIA, Parts, Via
 from ..models.replay import Layout, Tape
 from ..scores.metrics import Readout
+from .common import Experiment
 from .gradients import Walk, few_rows, some_rows
 from .graph import RoleGraph
 
@@ -88,9 +88,8 @@ Written = Callable[[Tensor, Outputs, Tape], Float[Tensor, "row pos sender d_mode
 def attribute(
     graph: RoleGraph,
     parts: Parts,
-    runs: tuple[Run, Run],
+    run: Experiment,
     masks: Bool[Tensor, "prompt pos place"],
-    readout: Readout,
     ablated: Written,
     *,
     method: Gradient,
@@ -102,9 +101,9 @@ def attribute(
     Args:
         graph: Whose edges.
         parts: The model.
-        runs: The run whose gradient EAP takes, and the other.
+        run: The run whose gradient EAP takes, the other, and the metric. EAP makes do without a
+            recording of the first: its own pass gives all that it needs.
         masks: The graph's places.
-        readout: The metric.
         ablated: What senders write instead, ``[row, pos, sender, d_model]``, given rows, what they
             write in the first run, and the other run.
         method: ``"eap"``, ``"eap-ig"`` (inputs) or ``"eap-ig-activations"``.
@@ -117,50 +116,102 @@ def attribute(
     Raises:
         ModelError: if a score is NaN or infinite.
     """
-    base, other = runs
     adapter = parts.adapter
-    out = np.zeros((len(base.prompts), len(graph.edges)))
-    pairs = list(zip(base.tapes(), other.tapes(), strict=True))
+    out = np.zeros((len(run.contrast), len(graph.edges)))
+    values = torch.zeros(len(run.contrast))
+    pairs = _only_embedded(run) if method == "eap" else _recorded(run)
     copies = graph.n_heads + graph.n_senders
-    for (rows, tape), (_, donor) in tqdm(pairs, "edges", disable=not progress, leave=False):
-        for some in few_rows(adapter, tape, base.max_memory, copies):
+    bar = tqdm(pairs, "edges", len(run.donor.kept), disable=not progress, leave=False)
+    for rows, tape, donor in bar:
+        for some in few_rows(adapter, tape, run.donor.max_memory, copies):
             here, there = some_rows(tape, some), some_rows(donor, some)
             which = rows[some]
             at = masks[which, : tape.n_pos].to(adapter.device)
-            step = _Step(graph, parts, here, at, readout, which)
-            ours = Outputs.of(parts, here)
-            change = ablated(which, ours, there) - ours.senders
+            step = _Step(graph, parts, here, at, run.readout, which)
+            walk = step.walk(here.resid[0]) if method == "eap" else None
+            ours = Outputs.of(parts, here if walk is None else walk.tape)
+            theirs = ablated(which, ours, there)
+            start = _first_change(ours, theirs)
+            change = theirs[:, start:] - ours.senders[:, start:]
             found = np.zeros((len(which), len(graph.edges)))
-            if method == "eap":
-                step.add(found, change, here.resid[0], 1.0)
+            if walk is not None:
+                step.add(found, walk, change, 1.0)
+                values = values.to(walk.values)
+                values[which] = walk.values
             elif method == "eap-ig":
                 for a in points:
-                    between = here.resid[0] + a * change[:, :, 0]
-                    step.add(found, change, between, 1 / len(points))
+                    x = _shift(here.resid[0], a * change[:, :, 0])
+                    step.add(found, step.walk(x), change, 1 / len(points))
             else:
                 for senders, swap in _groups(graph, here, ours, change):
                     part = torch.zeros_like(change)
                     part[:, :, senders] = change[:, :, senders]
                     for a in points:
-                        x, swaps = swap(a)
-                        step.add(found, part, x, 1 / len(points), swaps)
+                        step.add(found, step.walk(*swap(a)), part, 1 / len(points))
             out[which.numpy()] = found
     if not np.isfinite(out).all():
         raise not_finite(adapter, "scores")
+    if method == "eap" and not run.has_base:
+        run.base_value = values
     return out
 
 
+def _first_change(ours: Outputs, theirs: Float[Tensor, "row pos sender d_model"]) -> int:
+    """Find the first token whose embedding, the first sender, changes in some row; 0 if none."""
+    return int((theirs[:, :, 0] != ours.senders[:, :, 0]).any(2).any(0).int().argmax())
+
+
+def _shift(
+    x: Float[Tensor, "row pos d_model"], change: Float[Tensor, "row token d_model"]
+) -> Float[Tensor, "row pos d_model"]:
+    """Add changes of the last so many tokens."""
+    return torch.cat([x[:, : -change.shape[1]], x[:, -change.shape[1] :] + change], 1)
+
+
+Pair = tuple[Tensor, Tape, Tape]
+"""Rows of equal length, the first run of them, and the other."""
+
+
+def _recorded(run: Experiment) -> Iterator[Pair]:
+    for (rows, tape), (_, donor) in zip(run.base.tapes(), run.donor.tapes(), strict=True):
+        yield rows, tape, donor
+
+
+def _only_embedded(run: Experiment) -> Iterator[Pair]:
+    """Go through pairs whose first run is what enters the first block, and no more.
+
+    What blocks are called with besides is the same in both runs, as it is for all rows.
+    """
+    if run.has_base or not _can_embed(run):
+        yield from _recorded(run)
+        return
+    prompts = getattr(run.contrast, run.sides[0])
+    for rows, donor in run.donor.tapes():
+        resid = run.adapter.embed(prompts.tokens[rows, : donor.n_pos])
+        yield rows, Tape([resid], donor.calls), donor
+
+
+def _can_embed(run: Experiment) -> bool:
+    """Test on one prompt whether a model stops where its blocks begin."""
+    rows, tape = next(iter(run.donor.tapes()))
+    tokens = run.donor.prompts.tokens[rows[:1], : tape.n_pos]
+    try:
+        return torch.equal(run.adapter.embed(tokens), tape.resid[0][:1])
+    except Exception:  # any failure means another way: the first run is recorded too
+        return False
+
+
 def _groups(
-    graph: RoleGraph, here: Tape, ours: Outputs, change: Float[Tensor, "row pos sender d_model"]
+    graph: RoleGraph, here: Tape, ours: Outputs, change: Float[Tensor, "row token sender d_model"]
 ) -> Iterator[tuple[slice, Callable[[float], tuple[Tensor, dict[HookName, Tensor]]]]]:
     """Go through what is interpolated by itself: the embedding, each layer's heads, each MLP."""
     x = here.resid[0]
-    yield slice(0, 1), lambda a: (x + a * change[:, :, 0], {})
+    yield slice(0, 1), lambda a: (_shift(x, a * change[:, :, 0]), {})
 
     def swap(
         name: HookName, old: Tensor, senders: slice
     ) -> Callable[[float], tuple[Tensor, dict[HookName, Tensor]]]:
-        return lambda a: (x, {name: old + a * change[:, :, senders].sum(2)})
+        return lambda a: (x, {name: _shift(old, a * change[:, :, senders].sum(2))})
 
     for layer in range(graph.n_layers):
         first = graph.below(layer)
@@ -187,38 +238,49 @@ class _Step:
         self.graph, self.parts, self.tape = graph, parts, tape
         self.masks, self.readout, self.rows = masks.to(tape.resid[0].dtype), readout, rows
 
-    def add(
+    def walk(
         self,
-        found: Float[np.ndarray, "row edge"],
-        change: Float[Tensor, "row pos sender d_model"],
         x: Float[Tensor, "row pos d_model"],
-        weight: float,
         swaps: Mapping[HookName, Tensor] = MappingProxyType({}),
-    ) -> None:
-        """Add the scores of one run, from ``x`` and with some activations swapped.
+    ) -> Walk:
+        """Make one run, from ``x`` and with some activations swapped, and differentiate it.
 
         Where a layer's output is swapped, what comes before it is the same whatever it is, so only
         edges from there on are meant.
         """
-        graph, serial = self.graph, self.graph.has_mlp and self.graph.order == "serial"
-        first = min((layer for _, layer in swaps), default=0)
-        attends = range(first + bool(swaps), graph.n_layers)
+        graph = self.graph
+        first, attends = self._from(swaps)
         leaves: list[HookName] = [(w, la) for w in ("z", "attn_scores", "q") for la in attends]
-        reads = range(first + 1 if serial else attends.start, graph.n_layers + 1)
+        reads = range(first + 1 if self._is_serial else attends.start, graph.n_layers + 1)
         leaves += [("resid_pre", layer) for layer in reads]
-        leaves += [("attn_out", la) for la in range(first, graph.n_layers) if serial]
+        leaves += [("attn_out", la) for la in range(first, graph.n_layers) if self._is_serial]
         leaves = list(dict.fromkeys([*leaves, *swaps]))
         outer: dict[HookName, HookName] = {("v", layer): ("z", layer) for layer in attends}
         outer |= {("k", layer): ("attn_scores", layer) for layer in attends}
         run = self.parts.adapter, self.tape, x, self.readout, self.rows
-        walk = Walk(*run, leaves, swaps, outer)
-        at = walk.gradients
+        return Walk(*run, leaves, swaps, outer)
+
+    def add(
+        self,
+        found: Float[np.ndarray, "row edge"],
+        walk: Walk,
+        change: Float[Tensor, "row token sender d_model"],
+        weight: float,
+    ) -> None:
+        """Add the scores of one run; once for each, since its graph is let go on the way.
+
+        Tokens before the first whose embedding changes do not change at all, in any layer: they are
+        left out. A place that has no others, as that of the first token often, is no destination.
+        """
+        graph, at = self.graph, walk.gradients
+        first, attends = self._from(walk.swaps)
+        since = slice(walk.resid[0].shape[1] - change.shape[1], None)
         for layer in reversed(range(first, graph.n_layers)):
             if layer in attends:
-                by_via = self._at_qkv(walk, layer)
-                some = change[:, :, : graph.below(layer)]
-                self._add_heads(found, layer, walk.resid[layer], some, by_via, weight)
-            if serial:
+                dests = self._dests(layer, since)
+                by_via = self._at_qkv(walk, layer, dests)
+                self._add_heads(found, walk, layer, change, by_via, dests, weight)
+            if self._is_serial:
                 at_mlp = at["attn_out", layer] - at["resid_pre", layer + 1]
             elif graph.has_mlp and layer in attends:
                 by_heads = self._onto_stream(layer, walk.resid[layer], by_via)
@@ -226,25 +288,38 @@ class _Step:
             else:
                 continue
             some = change[:, :, : graph.below(layer, "mlp")]
-            _add(found, graph.numbers["mlp", layer], self._products(some, at_mlp), weight)
-        products = self._products(change, at["resid_pre", graph.n_layers])
+            products = self._products(some, at_mlp[:, since], since)
+            _add(found, graph.numbers["mlp", layer], products, weight)
+        products = self._products(change, at["resid_pre", graph.n_layers][:, since], since)
         _add(found, graph.numbers["logits", graph.n_layers], products, weight)
+
+    @property
+    def _is_serial(self) -> bool:
+        return self.graph.has_mlp and self.graph.order == "serial"
+
+    def _from(self, swaps: Collection[HookName]) -> tuple[int, range]:
+        """Get the first layer whose MLP is meant, and the layers whose heads are."""
+        first = min((layer for _, layer in swaps), default=0)
+        return first, range(first + bool(swaps), self.graph.n_layers)
 
     def _products(
         self,
         change: Float[Tensor, "row pos sender d_model"],
         gradient: Float[Tensor, "row pos d_model"],
+        since: slice,
     ) -> Float[Tensor, "row place sender"]:
         """Multiply changes with a gradient and sum over the tokens of the sender's place."""
-        return torch.einsum("bts,btp->bps", (change @ gradient[..., None])[..., 0], self.masks)
+        products = (change @ gradient[..., None])[..., 0]
+        return torch.einsum("bts,btp->bps", products, self.masks[:, since])
 
     def _add_heads(
         self,
         found: Float[np.ndarray, "row edge"],
+        walk: Walk,
         layer: int,
-        x: Float[Tensor, "row pos d_model"],
         change: Float[Tensor, "row pos sender d_model"],
         gradients: Mapping[Via, Float[Tensor, "dest row pos head d_head"]],
+        dests: list[int],
         weight: float,
     ) -> None:
         """Add the scores of the edges into a layer's heads, at all places where these are.
@@ -253,18 +328,21 @@ class _Step:
         norm, rather than the gradients back through it. A query is of its own place, so those of
         all places are one gradient.
         """
-        graph, changed = self.graph, self.parts.through_norm(layer, x, change)
-        where, dests = np.arange(len(graph.places)), self._dests(layer)
+        graph, where = self.graph, np.arange(len(self.graph.places))
+        since = slice(walk.resid[0].shape[1] - change.shape[1], None)
+        some = change[:, :, : graph.below(layer)]
+        changed = self.parts.through_norm(layer, walk.resid[layer][:, since], some)
         for via, gradient in gradients.items():
-            products = self._into(layer, via, changed, gradient)
+            products = self._into(layer, via, changed, gradient[:, :, since])
             if via == "q":
                 _add(found, graph.numbers["q", layer][where, :, where], products[:, :, :, 0], weight)
             else:
                 _add(found, graph.numbers[via, layer][:, :, dests], products, weight)
 
-    def _dests(self, layer: int) -> list[int]:
-        """List the places where a layer's heads reach the logits."""
-        return [d for d in range(len(self.graph.places)) if self.graph.is_live(layer, d)]
+    def _dests(self, layer: int, since: slice) -> list[int]:
+        """List the places where a layer's heads reach the logits and see what changes."""
+        some = self.masks[:, since].any(1).any(0).tolist()
+        return [d for d, sees in enumerate(some) if sees and self.graph.is_live(layer, d)]
 
     def _into(
         self,
@@ -291,7 +369,8 @@ class _Step:
             shape = gradient.shape[:2], gradient.shape[2:4]
             products = changed @ normed.view(*shape[0], -1, changed.shape[-1]).mT
             products = products.unflatten(3, shape[1])
-        return torch.einsum("btsph,btq->bqsph", products, self.masks)
+        masks = self.masks[:, -changed.shape[1] :]
+        return torch.einsum("btsph,btq->bqsph", products, masks)
 
     def _onto_stream(
         self,
@@ -308,7 +387,7 @@ class _Step:
         return torch.autograd.grad(self.parts.norm(layer, x, gradients="on"), x, at_normed)[0]
 
     def _at_qkv(
-        self, walk: Walk, layer: int
+        self, walk: Walk, layer: int, dests: list[int]
     ) -> dict[Via, Float[Tensor, "dest row pos head d_head"]]:
         """Get the gradients at each query head's own q, k and v, for keys and values by place.
 
@@ -316,13 +395,14 @@ class _Step:
         taken back. Heads that share keys and values take turns, as the places do.
         """
         adapter, at = self.parts.adapter, walk.gradients
-        by_dest = self.masks[:, :, self._dests(layer)].movedim(2, 0)  # [dest, row, pos]
+        by_dest = self.masks[:, :, dests].movedim(2, 0)[:, None, :, :, None]
         n_turns = adapter.n_heads // adapter.n_kv_heads
         turn = torch.arange(adapter.n_heads, device=by_dest.device) % n_turns
-        turns = (torch.arange(n_turns, device=turn.device)[:, None] == turn).to(by_dest)
+        turns = torch.arange(n_turns, device=turn.device)[:, None] == turn
+        taken = by_dest * turns[:, None, None]  # [dest, turn, row, pos, head]
         ends: dict[Via, Tensor] = {
-            "k": torch.einsum("bhij,dbi,gh->dgbhij", at["attn_scores", layer], by_dest, turns),
-            "v": torch.einsum("bihe,dbi,gh->dgbihe", at["z", layer], by_dest, turns),
+            "k": at["attn_scores", layer] * taken.mT[..., None],
+            "v": at["z", layer] * taken[..., None],
         }
         found: dict[Via, Tensor] = {"q": at["q", layer][None]}
         for via, wanted in ends.items():

@@ -5,26 +5,29 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from importlib.metadata import version
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import xarray as xr
+from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import ScoreError, TvInterpError, unknown
 from ..interventions.engine import run_variants
-from ..interventions.recording import Recorded, record
+from ..interventions.recording import MAX_SHARE, Recorded, Run, record_run
 from ..interventions.sites import Head, Site, Variant
 from ..models.adapter import Adapter
 from ..prompts import Contrast, Prompts, check_contrast
 from ..prompts.roles import parse_role
 from ..scores import Metric, Scores, get_metric
-from ..scores.metrics import Targets
+from ..scores.metrics import Readout, Targets
 
 Direction = Literal["denoise", "noise"]
 DIRECTIONS: tuple[Direction, ...] = ("denoise", "noise")
+Side = Literal["clean", "corrupted"]
 
 
 def check_direction(direction: str) -> None:
@@ -54,28 +57,73 @@ class Experiment:
         metric: str | Metric,
         at: str,
     ) -> None:
-        """Record the two runs, unless they are given."""
+        """Fix what is measured; a run that is not given is recorded when it is first asked for."""
         check_contrast(contrast)
         check_direction(direction)
         parse_role(at)
         self.metric = get_metric(metric)
         self.adapter = Adapter.of(model)
-        self.recorded = recorded if recorded is not None else record(model, contrast)
-        if self.recorded.contrast is not contrast or self.recorded.model is not model:
+        if recorded is not None and (
+            recorded.contrast is not contrast or recorded.model is not model
+        ):
             raise ScoreError(
                 "recorded= belongs to another model or contrast: make it with "
                 "record(model, contrast) from the same two"
             )
         self.model, self.contrast = model, contrast
         self.direction: Direction = direction
-        self.base, self.donor = self.recorded.sides(direction)
         self.at = at
-        clean = self.recorded.clean.logits if self.metric.name == "kl" else None
-        self.readout = self.metric.readout(Targets.of(contrast.clean, clean))
-        rows = torch.arange(len(contrast))
-        self.base_value = self.readout(self.base.logits, rows)
-        sign = 1 if direction == "denoise" else -1
-        self.total = sign * (self.readout(self.donor.logits, rows) - self.base_value)
+        self._runs: dict[str, Run] = {}
+        if recorded is not None:
+            self._runs = {"clean": recorded.clean, "corrupted": recorded.corrupted}
+
+    def _run(self, side: Side) -> Run:
+        if side not in self._runs:
+            known = [run.replays for run in self._runs.values()]
+            prompts = getattr(self.contrast, side)
+            replays = known[0] if known else None
+            run = record_run(self.adapter, prompts, max_memory=MAX_SHARE, replays=replays)
+            self._runs[side] = run
+        return self._runs[side]
+
+    @property
+    def sides(self) -> tuple[Side, Side]:
+        """Which run is patched, and which the patches are taken from."""
+        if self.direction == "denoise":
+            return "corrupted", "clean"
+        return "clean", "corrupted"
+
+    @property
+    def has_base(self) -> bool:
+        """Whether the run that is patched has been recorded already."""
+        return self.sides[0] in self._runs
+
+    @property
+    def base(self) -> Run:
+        """The run that is patched."""
+        return self._run(self.sides[0])
+
+    @property
+    def donor(self) -> Run:
+        """The run that patches are taken from."""
+        return self._run(self.sides[1])
+
+    @cached_property
+    def readout(self) -> Readout:
+        """How the metric is read off logits."""
+        clean = self._run("clean").logits if self.metric.name == "kl" else None
+        return self.metric.readout(Targets.of(self.contrast.clean, clean))
+
+    @cached_property
+    def base_value(self) -> Float[Tensor, " prompt"]:
+        """The metric of the run that is patched."""
+        return self.readout(self.base.logits, torch.arange(len(self.contrast)))
+
+    @cached_property
+    def total(self) -> Float[Tensor, " prompt"]:
+        """What effects are compared with: m(clean) - m(corrupted)."""
+        donor = self.readout(self.donor.logits, torch.arange(len(self.contrast)))
+        return donor - self.base_value if self.direction == "denoise" else self.base_value - donor
 
     def effects(
         self,

@@ -121,8 +121,8 @@ def score_edges(
     parts, graph, masks = survey(run, demos)
     wanted = graph.select(graph.edges if edges is None else edges)
     attrs: dict[str, Any] = {"method": method, "demos": demos, "ablation": ablation}
-    runs = run.base, run.donor
-    ablated = Ablated(parts, runs, ablation)
+    prompts, donor = getattr(contrast, run.sides[0]), run.donor
+    ablated = Ablated(parts, prompts, donor, ablation)
     if method == "exact":
         effects = _Exact(run, graph, parts, masks, wanted, ablated).effects(
             _Cache.of(cache, run, graph, wanted, ablation), progress
@@ -137,9 +137,8 @@ def score_edges(
         effects = attribute(
             graph,
             parts,
-            runs,
+            run,
             masks,
-            run.readout,
             ablated.senders,
             method=method,
             points=points,
@@ -149,7 +148,7 @@ def score_edges(
     names = [name for name, want in zip(graph.edges, wanted, strict=True) if want]
     if ablation != "corrupted":
         none = np.zeros(len(graph.edges), dtype=bool)
-        runner = EdgeRunner(graph, parts, runs, masks, run.readout, ablation)
+        runner = EdgeRunner(graph, parts, (run.base, donor), masks, run.readout, ablation)
         run.total = run.base_value - runner.run(none)
     return run.scores(effects[:, wanted], ("edge",), {"edge": names}, **attrs)
 
@@ -158,10 +157,10 @@ def survey(
     run: Experiment, demos: Demos = "joint"
 ) -> tuple[Parts, RoleGraph, Bool[Tensor, "prompt pos place"]]:
     """Take a model apart over the prompts of an experiment: parts, graph, and places of tokens."""
-    check_layers(run.base)
+    check_layers(run.donor)
     prompts = run.contrast.clean
     places = places_of(prompts, demos)
-    parts = Parts.of(run.adapter, next(iter(run.base.tapes()))[1])
+    parts = Parts.of(run.adapter, next(iter(run.donor.tapes()))[1])
     return parts, RoleGraph.over(parts, prompts, places), place_masks(prompts, places)
 
 

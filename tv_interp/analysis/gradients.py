@@ -26,6 +26,7 @@ class Walk:
 
     Attributes:
         resid: Input of each block, and the output of the last one, ``[row, pos, d_model]``.
+        swaps: Activations that were put in the place of the model's own.
         seen: Activations at the leaves, as they were.
         values: The metric, ``[row]``.
         gradients: By leaf, of the metric of the same row.
@@ -61,6 +62,7 @@ class Walk:
             ModelError: if the model discards edits of a leaf, or gradients are NaN or infinite.
         """
         names = list(leaves)
+        self.swaps, self._calls = swaps, tape.calls
         planted = [*names, *outer]
         made: dict[HookName, Tensor] = {}
         whole: dict[HookName, Tensor] = {}
@@ -104,9 +106,15 @@ class Walk:
                 'its gradient cannot be taken: load it with backend="hooked"'
             )
         for name, gradient in zip(names, found, strict=True):
-            if not gradient.isfinite().all():
+            if not gradient.sum().isfinite() and not gradient.isfinite().all():
                 raise not_finite(adapter, f"gradients at {name[0]} of layer {name[1]}")
         self.gradients = dict(zip(names, found, strict=True))
+
+    @property
+    def tape(self) -> Tape:
+        """This run as if it had been recorded, where all z are leaves; without keys and values."""
+        layers = range(len(self.resid) - 1)
+        return Tape(self.resid, self._calls, z=[self.seen["z", layer] for layer in layers])
 
     def pull_back(
         self, name: HookName, cotangents: Float[Tensor, "each ..."]

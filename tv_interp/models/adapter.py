@@ -166,6 +166,11 @@ class Adapter:
             logits = self.model(tokens.to(self.device), return_type="logits")[:, -1]
         return check_logits(self, logits, tokens, edits)
 
+    def embed(self, tokens: Int[Tensor, "row pos"]) -> Float[Tensor, "row pos d_model"]:
+        """Compute what enters the first block, and nothing else."""
+        with torch.no_grad():
+            return self.model(tokens.to(self.device), stop_at_layer=0)
+
     def tape(self, tokens: Int[Tensor, "row pos"]) -> Tape:
         """Run the model once and keep what `block` needs; only the last token is unembedded.
 
