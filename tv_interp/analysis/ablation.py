@@ -78,11 +78,28 @@ class Ablated:
             outputs: What senders write in the run that is ablated.
             other: The corrupted run of the same prompts.
         """
-        if self.ablation == "zero":
-            return torch.zeros_like(outputs.senders)
-        if self.mean is not None:
-            return self.mean.at(self.prompts, rows, other.n_pos).to(outputs.senders)
-        return Outputs.of(self.parts, other).senders
+        if self.ablation == "corrupted":
+            return Outputs.of(self.parts, other).senders()
+        return self._fixed(rows, outputs.senders())
+
+    def change(
+        self, rows: Tensor, outputs: Outputs, other: Tape
+    ) -> Float[Tensor, "row token sender d_model"]:
+        """Get it less what senders write: of the last so many tokens; those before do not change.
+
+        In front of the first token that differs the corrupted run is the same.
+        """
+        if self.ablation == "corrupted":
+            differ = (other.resid[0] != outputs.tape.resid[0]).any(2).any(0)
+            return Outputs.of(self.parts, other).minus(outputs, int(differ.int().argmax()))
+        senders = outputs.senders()
+        return self._fixed(rows, senders) - senders
+
+    def _fixed(self, rows: Tensor, senders: Tensor) -> Float[Tensor, "row pos sender d_model"]:
+        """Get what is written whatever the corrupted run of these prompts is."""
+        if self.mean is None:
+            return torch.zeros_like(senders)
+        return self.mean.at(self.prompts, rows, senders.shape[1]).to(senders)
 
 
 class EdgeRunner:
@@ -123,7 +140,7 @@ class EdgeRunner:
                 outputs = Outputs.of(parts, here)
                 off = ablated.senders(rows[some], outputs, some_rows(other, some))
                 at = masks[rows[some], : tape.n_pos].to(off)
-                change = outputs.senders - off
+                change = outputs.senders() - off
                 self.batches.append(_Batch(rows[some], here, outputs.constant, off, change, at))
 
     def sends(self) -> Bool[ndarray, "place sender"]:
@@ -309,7 +326,7 @@ class _means:
         """Average over the tokens of a run."""
         self.sums: dict[tuple[int, int, int], tuple[Tensor, int]] = {}
         for rows, tape in run.tapes():
-            senders = Outputs.of(parts, tape).senders
+            senders = Outputs.of(parts, tape).senders()
             for i, keys in enumerate(self._keys(run.prompts, rows, tape.n_pos)):
                 for pos, key in enumerate(keys):
                     total, n = self.sums.get(key, (torch.zeros_like(senders[i, pos]), 0))

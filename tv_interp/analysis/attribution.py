@@ -47,42 +47,70 @@ class Outputs:
     """What all senders write in one run, for some rows of equal length.
 
     Attributes:
-        senders: ``[row, pos, sender, d_model]`` in the graph's order.
-        constant: What each layer adds besides, attention's bias, ``[layer, d_model]``.
+        parts: The model.
+        tape: The run.
         heads: What attention adds as a whole, layer by layer.
         mlps: What MLPs add.
     """
 
-    senders: Float[Tensor, "row pos sender d_model"]
-    constant: Float[Tensor, "layer d_model"]
+    parts: Parts
+    tape: Tape
     heads: list[Float[Tensor, "row pos d_model"]]
     mlps: list[Float[Tensor, "row pos d_model"]]
 
     @classmethod
     def of(cls, parts: Parts, tape: Tape) -> Outputs:
-        """Compute them from a recorded run.
+        """Look at a recorded run.
 
         What an MLP adds is what the residual stream changes by, attention's part apart; in half
         precision, where little would be left of it, its block runs again.
         """
         adapter, resid = parts.adapter, tape.resid
-        senders, heads, mlps = [resid[0][:, :, None]], [], []
-        biases = [parts.bias(layer) for layer in adapter.layers]
+        heads = [parts.adds(layer, tape.z[layer]) for layer in adapter.layers]
+        mlps: list[Tensor] = []
         is_half = resid[0].dtype in (torch.bfloat16, torch.float16)
-        for layer in adapter.layers:
-            senders.append(parts.writes(layer, tape.z[layer]))
-            heads.append(senders[-1].sum(2) + biases[layer])
-            if parts.has_mlp:
-                name: HookName = ("mlp_out", layer)
-                if is_half:
-                    mlps.append(adapter.read_block(tape, layer, [name])[name])
-                else:
-                    mlps.append(resid[layer + 1] - resid[layer] - heads[-1])
-                senders.append(mlps[-1][:, :, None])
-        return cls(torch.cat(senders, 2), torch.stack(biases), heads, mlps)
+        for layer in adapter.layers if parts.has_mlp else ():
+            name: HookName = ("mlp_out", layer)
+            if is_half:
+                mlps.append(adapter.read_block(tape, layer, [name])[name])
+            else:
+                mlps.append(resid[layer + 1] - resid[layer] - heads[layer])
+        return cls(parts, tape, heads, mlps)
+
+    @property
+    def constant(self) -> Float[Tensor, "layer d_model"]:
+        """What each layer adds besides: attention's bias."""
+        return torch.stack([self.parts.bias(layer) for layer in self.parts.adapter.layers])
+
+    def senders(self) -> Float[Tensor, "row pos sender d_model"]:
+        """Compute what each sender writes, in the graph's order."""
+        each = [self.parts.writes(layer, z) for layer, z in enumerate(self.tape.z)]
+        return self._in_order(self.tape.resid[0], each, self.mlps)
+
+    def minus(self, other: Outputs, start: int = 0) -> Float[Tensor, "row token sender d_model"]:
+        """Compute by how much senders differ from those of another run, from some token on."""
+        mlps = [(a - b)[:, start:] for a, b in zip(self.mlps, other.mlps, strict=True)]
+        pairs = zip(self.tape.z, other.tape.z, strict=True)
+        heads = [
+            self.parts.writes_minus(layer, a[:, start:], b[:, start:])
+            for layer, (a, b) in enumerate(pairs)
+        ]
+        return self._in_order((self.tape.resid[0] - other.tape.resid[0])[:, start:], heads, mlps)
+
+    def _in_order(
+        self, embedding: Tensor, heads: list[Tensor], mlps: list[Tensor]
+    ) -> Float[Tensor, "row pos sender d_model"]:
+        senders = [embedding[:, :, None]]
+        for layer, each in enumerate(heads):
+            senders.append(each)
+            if self.parts.has_mlp:
+                senders.append(mlps[layer][:, :, None])
+        return torch.cat(senders, 2)
 
 
-Written = Callable[[Tensor, Outputs, Tape], Float[Tensor, "row pos sender d_model"]]
+Change = Callable[[Tensor, Outputs, Tape], Float[Tensor, "row token sender d_model"]]
+"""What senders write instead, less what they write, given rows, that, and the other run: of the
+last so many tokens. Those before them do not change."""
 
 
 def attribute(
@@ -90,7 +118,7 @@ def attribute(
     parts: Parts,
     run: Experiment,
     masks: Bool[Tensor, "prompt pos place"],
-    ablated: Written,
+    changes: Change,
     *,
     method: Gradient,
     points: Sequence[float],
@@ -104,8 +132,7 @@ def attribute(
         run: The run whose gradient EAP takes, the other, and the metric. EAP makes do without a
             recording of the first: its own pass gives all that it needs.
         masks: The graph's places.
-        ablated: What senders write instead, ``[row, pos, sender, d_model]``, given rows, what they
-            write in the first run, and the other run.
+        changes: By how much what senders write is another when ablated.
         method: ``"eap"``, ``"eap-ig"`` (inputs) or ``"eap-ig-activations"``.
         points: Where runs lie between the two, 0 at the first; EAP takes none.
         progress: Whether to show a bar.
@@ -130,9 +157,7 @@ def attribute(
             step = _Step(graph, parts, here, at, run.readout, which)
             walk = step.walk(here.resid[0]) if method == "eap" else None
             ours = Outputs.of(parts, here if walk is None else walk.tape)
-            theirs = ablated(which, ours, there)
-            start = _first_change(ours, theirs)
-            change = theirs[:, start:] - ours.senders[:, start:]
+            change = changes(which, ours, there)
             found = np.zeros((len(which), len(graph.edges)))
             if walk is not None:
                 step.add(found, walk, change, 1.0)
@@ -154,11 +179,6 @@ def attribute(
     if method == "eap" and not run.has_base:
         run.base_value = values
     return out
-
-
-def _first_change(ours: Outputs, theirs: Float[Tensor, "row pos sender d_model"]) -> int:
-    """Find the first token whose embedding, the first sender, changes in some row; 0 if none."""
-    return int((theirs[:, :, 0] != ours.senders[:, :, 0]).any(2).any(0).int().argmax())
 
 
 def _shift(
@@ -269,8 +289,8 @@ class _Step:
     ) -> None:
         """Add the scores of one run; once for each, since its graph is let go on the way.
 
-        Tokens before the first whose embedding changes do not change at all, in any layer: they are
-        left out. A place that has no others, as that of the first token often, is no destination.
+        Tokens in front, that do not change, are left out. A place that has no others, as that of
+        the first token often, is no destination.
         """
         graph, at = self.graph, walk.gradients
         first, attends = self._from(walk.swaps)

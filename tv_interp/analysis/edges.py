@@ -139,7 +139,7 @@ def score_edges(
             parts,
             run,
             masks,
-            ablated.senders,
+            ablated.change,
             method=method,
             points=points,
             progress=progress,
@@ -183,7 +183,7 @@ class _Exact:
         live = np.zeros((len(graph.places), graph.n_senders), dtype=bool)
         for (rows, tape), (_, donor) in zip(run.base.tapes(), run.donor.tapes(), strict=True):
             ours = Outputs.of(parts, tape)
-            change = ablated.senders(rows, ours, donor) - ours.senders
+            change = ablated.senders(rows, ours, donor) - ours.senders()
             at = masks[rows, : tape.n_pos].to(change)
             self.batches.append((rows, tape, change, at))
             moved = change.abs().amax(-1)[:, :, :, None] * at[:, :, None]

@@ -120,13 +120,33 @@ class Parts:
         block = self.adapter.model.blocks[layer]
         with torch.no_grad():
             each = torch.einsum("bthe,hed->bthd", z, block.attn.W_O)
-            after = getattr(block, "ln1_post", None)
-            if after is None:
+            if not self._has_post_norm(layer):
                 return each
             eps = self.adapter.model.cfg.eps
             whole = each.sum(2, keepdim=True)
             scale = [(x.square().mean(-1, keepdim=True) + eps).sqrt() for x in (each, whole)]
-            return after(each.flatten(0, 1)).view(each.shape) * scale[0] / scale[1]
+            normed = block.ln1_post(each.flatten(0, 1)).view(each.shape)
+            return normed * scale[0] / scale[1]
+
+    def writes_minus(
+        self,
+        layer: int,
+        z: Float[Tensor, "row pos head d_head"],
+        other: Float[Tensor, "row pos head d_head"],
+    ) -> Float[Tensor, "row pos head d_model"]:
+        """Compute what each head adds, less what it adds where it has another z."""
+        if self._has_post_norm(layer):
+            return self.writes(layer, z) - self.writes(layer, other)
+        return self.writes(layer, z - other)
+
+    def adds(
+        self, layer: int, z: Float[Tensor, "row pos head d_head"]
+    ) -> Float[Tensor, "row pos d_model"]:
+        """Compute what a layer's heads add together, bias included."""
+        if self._has_post_norm(layer):
+            return self.writes(layer, z).sum(2) + self.bias(layer)
+        weight = self.adapter.model.blocks[layer].attn.W_O.detach()
+        return z.flatten(2) @ weight.flatten(0, 1) + self.bias(layer)
 
     def mlp(
         self, tape: Tape, layer: int, x: Float[Tensor, "row pos d_model"]
@@ -138,6 +158,9 @@ class Parts:
         layout = Layout.suffix(0, tape.n_pos)
         self.adapter.block(tape, layer, x, layout, edits=silent, reads={name: seen.append})
         return seen[0]
+
+    def _has_post_norm(self, layer: int) -> bool:
+        return getattr(self.adapter.model.blocks[layer], "ln1_post", None) is not None
 
     def _each_head(self, weight: Tensor) -> Tensor:
         """Repeat what query heads share."""
@@ -207,7 +230,9 @@ class Parts:
             theirs = seen[via, layer]
             pairs.append((ours, theirs.repeat_interleave(ours.shape[2] // theirs.shape[2], 2)))
         heads = seen["attn_out", layer]
-        pairs.append((self.writes(layer, seen["z", layer]).sum(2) + self.bias(layer), heads))
+        z = seen["z", layer]
+        pairs.append((self.writes(layer, z).sum(2) + self.bias(layer), heads))
+        pairs.append((self.adds(layer, z), heads))
         out = x + heads
         if self.has_mlp:
             read = out if self.order == "serial" else x
