@@ -14,16 +14,25 @@ checkpoint (random weights, GPT-2 architecture, 4 layers of 8 heads, d 256) and 
   under ``--envs`` where it is not there (`PINS`; torch from wherever pip finds a CPU build).
 * **EAP-IG**, with ``--eap-ig PATH`` to a checkout and TransformerLens 3.9: `attribute` by EAP.
 
-Time is CPU seconds of one thread, the best of three; memory is the peak above what the process held
-with model and prompts, in the first run. To sum over places and to name edges alike is not counted.
+Time is CPU seconds of one thread, the best of as many runs as take 20 s, three at least; memory is
+the peak above what the process held with model and prompts, in the first run. To sum over places
+and to name edges alike is not counted.
 
 Below the table: what scores of all edges by role take on the reference model, by EAP, EAP-IG and,
 between heads, by exact patching.
+
+Then recovery: what each library finds in the planted circuits of `bench_recovery.py` (seeds from 0
+on), with the methods that it has. Edges of the others have no roles, so an edge is true here if it
+is true at some role; ours is scored by its largest role where it is patched, and by the sum over
+roles where it is attributed, which is what the others compute. EAP-IG takes 5 steps in every
+library, each with its own quadrature. TransformerLens 4.3 splits the heads of bridges of Hugging
+Face models alone, which these are not.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -42,7 +51,9 @@ PINS = (
     "datasets==3.6.0", f"torch=={torch.__version__}",
 )  # fmt: skip
 SIZE = dict(n_layers=4, n_head=8, n_embd=256, n_inner=1024, d_vocab=1000, n_ctx=64)
-N_PROMPTS, N_DEMOS, REPEATS = 16, 12, 7
+N_PROMPTS, N_DEMOS = 16, 12
+REPEATS, AT_LEAST = 3, 20.0
+STEPS = 5  # of EAP-IG
 Values = dict[str, float]
 NAMES = {
     "ours": "tv_interp",
@@ -56,27 +67,36 @@ NAMES = {
 # ------------------------------------------------------------------------------ what is compared
 
 
-def a_case(dtype: torch.dtype = torch.float32):
-    """Make the model, as Hugging Face and TransformerLens 3.9 have it, tokenizer and prompts."""
+def a_case(
+    where: Path | None = None, dtype: torch.dtype = torch.float32, backend: str = "hooked"
+) -> tuple:
+    """Make model, clean and corrupted prompts: random weights, or the circuit of a directory."""
+    import tv_interp as tv
+
+    if where is not None and (where / "circuit.json").exists():
+        from tv_interp.models.generator import draw_circuit
+
+        about = json.loads((where / "circuit.json").read_text())
+        case = draw_circuit(about["seed"], dtype=dtype, backend=backend)
+        prompts = tv.make_prompts(case.model, case.task, n_demos=2, n_prompts=8)
+        return case.model, prompts.corrupt(about["corruption"])
     sys.path.insert(0, str(HERE.parent / "tests"))
     from random_models import hf_model, word_tokenizer, words
 
-    import tv_interp as tv
-    from tv_interp.models.convert import hooked_from_hf
+    from tv_interp.models.convert import bridge_from_hf, hooked_from_hf
 
-    hf, tokenizer = hf_model("gpt2", dtype=dtype, **SIZE), word_tokenizer(words())
-    model = hooked_from_hf(hf, tokenizer)
+    convert = bridge_from_hf if backend == "bridge" else hooked_from_hf
+    model = convert(hf_model("gpt2", dtype=dtype, **SIZE), word_tokenizer(words()))
     task = tv.Task.from_pairs({f"w{i}": f"w{i + 25}" for i in range(25)}, name="pairs")
     prompts = tv.make_prompts(
         model, task, n_demos=N_DEMOS, n_prompts=N_PROMPTS, template="{x} is {y} "
     )
-    return hf, tokenizer, model, prompts.corrupt("answers")
+    return model, prompts.corrupt("answers")
 
 
 def save_case(where: Path) -> None:
-    """Write the model, in the formats that each library reads, and the prompts."""
-    hf, _, model, contrast = a_case()
-    hf.save_pretrained(where / "hf")
+    """Write model and prompts, for the libraries that read them from files."""
+    model, contrast = a_case(where)
     cfg = {
         name: getattr(model.cfg, name)
         for name in ("n_layers", "n_heads", "d_model", "d_head", "d_mlp", "d_vocab", "n_ctx",
@@ -86,7 +106,24 @@ def save_case(where: Path) -> None:
     torch.save((cfg, state), where / "hooked.pt")
     plain = [contrast.clean.tokens, contrast.corrupted.tokens, contrast.answer, contrast.foil]
     torch.save(plain, where / "prompts.pt")
-    save_gold(where)
+
+
+def save_circuit(where: Path, seed: int) -> None:
+    """Write a planted circuit, and which edges are true at some role."""
+    from tv_interp.models.generator import draw_circuit
+
+    where.mkdir()
+    case = draw_circuit(seed)
+    corruption = case.corruptions[seed % len(case.corruptions)]
+    true = sorted({pooled(edge) for edge in case.truths[corruption].edges})
+    about = dict(seed=seed, corruption=corruption, true=true)
+    (where / "circuit.json").write_text(json.dumps(about))
+    save_case(where)
+
+
+def pooled(edge: str) -> str:
+    """Name of an edge without its roles."""
+    return "->".join(end.split("@")[0] for end in edge.split("->"))
 
 
 def save_gold(where: Path) -> None:
@@ -94,7 +131,7 @@ def save_gold(where: Path) -> None:
     from random_models import TrueFloat64
 
     with TrueFloat64():
-        work, read = ours(where, torch.float64)
+        work, read = ours(where, dtype=torch.float64)
         save_scores(where / "gold.npz", read(work()))
 
 
@@ -124,23 +161,31 @@ def hooked(where: Path):
 # ----------------------------------- one function a library: what to time, how to read its scores
 
 
-def ours(where: Path, dtype: torch.dtype = torch.float32):
+def ours(where: Path, method: str = "EAP", dtype: torch.dtype = torch.float32):
     import tv_interp as tv
 
-    _, _, model, contrast = a_case(dtype)
+    model, contrast = a_case(where, dtype)
+    options = {
+        "EAP": dict(method="eap"),
+        "EAP-IG": dict(method="eap-ig", n_steps=STEPS),
+        "exact": dict(method="exact", direction="noise"),
+    }[method]
 
     def read(scores) -> Values:
         found: Values = {}
         mean = scores.mean()
         for edge, value in zip(mean.edge.values.tolist(), mean.values.tolist(), strict=True):
-            key = "->".join(end.split("@")[0] for end in edge.split("->"))
-            found[key] = found.get(key, 0.0) + value
+            key = pooled(edge)
+            if method == "exact":
+                found[key] = max(found.get(key, 0.0), abs(value))
+            else:
+                found[key] = found.get(key, 0.0) + value
         return found
 
-    return lambda: tv.score_edges(model, contrast, method="eap"), read
+    return lambda: tv.score_edges(model, contrast, **options), read
 
 
-def split(where: Path):
+def split(where: Path, method: str):
     clean, corrupted, answer, foil = tensors(where)
     model = hooked(where)
     for name in ("split_qkv_input", "attn_result"):
@@ -206,20 +251,11 @@ def split(where: Path):
     return work, read
 
 
-def tl4(where: Path):
-    from transformer_lens.model_bridge import TransformerBridge
+def tl4(where: Path, method: str):
     from transformer_lens.tools.analysis import attribution_patching as theirs
-    from transformers import AutoModelForCausalLM
 
-    hf = AutoModelForCausalLM.from_pretrained(where / "hf", attn_implementation="eager").eval()
     clean, corrupted, answer, foil = tensors(where)
-    sys.path.insert(0, str(HERE.parent / "tests"))
-    from random_models import word_tokenizer, words
-
-    from tv_interp.models.convert import bridge_from_hf
-
-    model = bridge_from_hf(hf, word_tokenizer(words()))
-    assert isinstance(model, TransformerBridge)
+    model, _ = a_case(where, backend="bridge")
     config = theirs.EdgeAttributionConfig(granularity="edge")
     short = {"attn_head_out": "", "mlp_out": ".mlp", "mlp_in": ".mlp"}
     short |= {f"{via}_input": f".{via}" for via in "qkv"}
@@ -254,7 +290,7 @@ def tl4(where: Path):
     return work, read
 
 
-def auto_circuit(where: Path):
+def auto_circuit(where: Path, method: str):
     from auto_circuit.data import PromptDataLoader, PromptDataset
     from auto_circuit.prune_algos.mask_gradient import mask_gradient_prune_scores
     from auto_circuit.utils.graph_utils import patchable_model
@@ -293,7 +329,7 @@ def auto_circuit(where: Path):
     return work, read
 
 
-def eap_ig(where: Path):
+def eap_ig(where: Path, method: str):
     zeros = torch.zeros  # theirs asks for CUDA by name
     torch.zeros = lambda *size, device=None, **options: zeros(*size, **options)
     from eap.attribute import attribute
@@ -304,9 +340,16 @@ def eap_ig(where: Path):
     model.set_use_attn_result(True)
     model.set_use_split_qkv_input(True)
     model.set_use_hook_mlp_in(True)
-    _, tokenizer, _, _ = a_case()
+    tokenizer = a_case(where)[0].tokenizer
     model.set_tokenizer(tokenizer)
     texts = [[tokenizer.decode(row[1:]) for row in side] for side in (clean, corrupted)]
+    for side, tokens in zip(texts, (clean, corrupted), strict=True):
+        assert torch.equal(model.to_tokens(side), tokens), "it reads other tokens"
+    options = {
+        "EAP": dict(method="EAP"),
+        "EAP-IG": dict(method="EAP-IG-inputs", ig_steps=STEPS),
+        "exact": dict(method="exact"),
+    }[method]
     batches = [(texts[0], texts[1], torch.stack([answer, foil], 1))]
 
     def metric(logits, clean_logits, lengths, labels):
@@ -323,7 +366,7 @@ def eap_ig(where: Path):
 
     def work():
         graph = Graph.from_model(model)
-        attribute(model, graph, batches, metric, method="EAP", quiet=True)
+        attribute(model, graph, batches, metric, quiet=True, **options)
         return graph
 
     def read(graph) -> Values:
@@ -342,18 +385,36 @@ LIBRARIES = {
 }  # fmt: skip
 
 
+METHODS = {
+    "ours": ("EAP", "EAP-IG", "exact"), "split": ("EAP",), "tl4": (),
+    "auto-circuit": ("EAP",), "eap-ig": ("EAP", "EAP-IG", "exact"),
+}  # fmt: skip
+
+
+def recover(library: str, where: Path) -> None:
+    """Score the edges of all circuits in this process, and write scores and time."""
+    torch.set_num_threads(1)
+    for case in sorted(where.glob("circuit-*")):
+        for method in METHODS[library]:
+            work, read = LIBRARIES[library](case, method)
+            start = time.process_time()
+            result = work()
+            seconds = time.process_time() - start
+            save_scores(case / f"{library} {method}.npz", read(result), s=seconds)
+
+
 def run_one(library: str, where: Path) -> None:
     """Run one library in this process, and write what it took and its scores."""
     torch.set_num_threads(1)
-    work, read = LIBRARIES[library](where)
+    work, read = LIBRARIES[library](where, "EAP")
     before = resident()
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    seconds = []
-    for i in range(REPEATS):
+    seconds: list[float] = []
+    while len(seconds) < REPEATS or sum(seconds) < AT_LEAST:
         start = time.process_time()
         result = work()
         seconds.append(time.process_time() - start)
-        if i == 0:
+        if len(seconds) == 1:
             peak = resident("VmHWM") - before
     save_scores(where / f"{library}.npz", read(result), s=min(seconds), mb=peak)
 
@@ -365,10 +426,10 @@ def resident(what: str = "VmRSS") -> float:
 
 
 def floor() -> float:
-    """CPU seconds of the passes that EAP needs, without anything else; the best of three."""
+    """CPU seconds of the passes that EAP needs, without anything else; the best of 30."""
     from harness import cpu
 
-    _, _, model, contrast = a_case()
+    model, contrast = a_case()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
 
@@ -382,7 +443,7 @@ def floor() -> float:
         logits = model.run_with_hooks(contrast.clean.tokens, fwd_hooks=hooks)[:, -1]
         logit_diffs(logits, contrast.answer, contrast.foil).sum().backward()
 
-    return min(cpu(passes)[1] for _ in range(REPEATS))
+    return min(cpu(passes)[1] for _ in range(30))
 
 
 def on_reference() -> str:
@@ -442,16 +503,45 @@ def table(where: Path, done: list[str]) -> str:
     return "\n".join(lines)
 
 
+def table_of_recovery(where: Path, done: list[str]) -> str:
+    """Rank the edges of every circuit by each library's scores: one row a method."""
+    from bench_recovery import auc, average_precision, interval
+
+    cases = sorted(where.glob("circuit-*"))
+    lines = [
+        f"| {len(cases)} planted circuits | method | AUC | AP | CPU s a circuit |",
+        "|---|---|---|---|---|",
+    ]
+    for name in done:
+        for method in METHODS[name]:
+            rows = []
+            for case in cases:
+                true = json.loads((case / "circuit.json").read_text())["true"]
+                found = np.load(case / f"{name} {method}.npz")
+                values, names = np.abs(found["values"]), found["names"].tolist()
+                assert set(true) <= set(names), f"{name} has no {sorted(set(true) - set(names))}"
+                values[values < 1e-3 * values.max()] = 0  # or else rounding is ranked
+                is_true = np.isin(names, true)
+                rows.append((auc(values, is_true), average_precision(values, is_true), found["s"]))
+            each = [list(map(float, column)) for column in zip(*rows, strict=True)]
+            cells = [*map(interval, each[:2]), f"{np.mean(each[2]):.2f}"]
+            lines.append(f"| {NAMES[name]} | {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--envs", type=Path, help="directory of environments; makes auto-circuit's")
     parser.add_argument("--tl4", type=Path, help="Python with TransformerLens 4.3")
     parser.add_argument("--eap-ig", type=Path, help="checkout of EAP-IG")
     parser.add_argument("--write", action="store_true", help="remake the table of README.md")
+    parser.add_argument("--circuits", type=int, default=12, help="planted circuits to recover")
     parser.add_argument("--one", nargs=2, metavar=("LIBRARY", "DIRECTORY"), help=argparse.SUPPRESS)
+    parser.add_argument("--recover", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
-        return run_one(given.one[0], Path(given.one[1]))
+        run = recover if given.recover else run_one
+        return run(given.one[0], Path(given.one[1]))
     pythons: dict[str, Path] = {"ours": Path(sys.executable), "split": Path(sys.executable)}
     if given.tl4:
         pythons["tl4"] = given.tl4
@@ -464,19 +554,25 @@ def main() -> None:
     torch.set_num_threads(1)
     where = Path(tempfile.mkdtemp())
     save_case(where)
+    save_gold(where)
+    for seed in range(given.circuits):
+        save_circuit(where / f"circuit-{seed:02}", seed)
     about, done = provenance(), []
     for name, python in pythons.items():
-        path = [str(HERE.parent), *([str(given.eap_ig)] if name == "eap-ig" else [])]
+        path = [str(HERE.parent), *([str(given.eap_ig / "src")] if name == "eap-ig" else [])]
         if name == "auto-circuit":
             path = []  # its environment does not have what tv_interp needs
         command = [python, Path(__file__).resolve(), "--one", name, where]
-        outcome = subprocess.run(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(path)})
-        if outcome.returncode:
+        env = os.environ | {"PYTHONPATH": os.pathsep.join(path)}
+        steps = [command, [*command, "--recover"]]
+        if any(subprocess.run(step, env=env).returncode for step in steps):
             print(f"{NAMES[name]} did not run", file=sys.stderr)
         else:
             done.append(name)
     text = f"{N_PROMPTS} prompts of {1 + 3 * N_DEMOS + 2} tokens. {about} Floor {floor():.2f} s."
     text += f"\n\n{table(where, done)}\n\n{on_reference()}"
+    if given.circuits:
+        text += f"\n\n{table_of_recovery(where, done)}"
     print(text)
     if given.write:
         write_section("bench_peers.py", text)

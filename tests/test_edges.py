@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import naive
@@ -14,6 +15,8 @@ from test_exact import TOLERANCE, a_contrast, agree, sample
 
 import tv_interp as tv
 from tv_interp.analysis.graph import RoleGraph, split_edge
+from tv_interp.models.adapter import Adapter
+from tv_interp.models.parts import Parts
 
 KIND = KINDS[0]
 # each architecture in one of the classes, by turns: the parts of both are tested on all models
@@ -274,6 +277,88 @@ def test_edges_do_not_depend_on_batches(method, monkeypatch):
     parts = tv.score_edges(model, contrast, method=method, **some).data.values
     assert np.abs(whole).max() > 1e-2
     np.testing.assert_allclose(parts, whole, atol=TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_norm_in_front_of_attention_is_known(arch, kind):
+    """Its Jacobian in closed form, and one by autograd where it is of no known kind."""
+    model = tiny_model(arch, kind, torch.float64)
+    with precise(torch.float64):
+        adapter = Adapter.of(model)
+        tape = adapter.tape(a_contrast(arch, kind, "plain").clean.tokens)
+        parts = Parts.of(adapter, tape)
+        assert parts.kind == ("layer" if arch in ("gpt2", "gpt_neox", "phi") else "rms")
+        generator = torch.Generator().manual_seed(3)
+        x = tape.resid[1]
+        change = torch.randn(*x.shape[:2], 3, x.shape[2], generator=generator, dtype=x.dtype)
+        expected = torch.stack(
+            [
+                torch.autograd.functional.jvp(
+                    lambda at: parts.norm(1, at, gradients="on"), x, change[:, :, i]
+                )[1]
+                for i in range(3)
+            ],
+            2,
+        )
+        for one in (parts, dataclasses.replace(parts, kind="other")):
+            found = one.through_norm(1, x, change)
+            torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-10)
+
+
+def test_an_unknown_norm_gives_the_same_scores(monkeypatch):
+    """A norm that divides by something else than it says: seen, and differentiated."""
+    model, contrast = tiny_model("gpt2", KIND), a_contrast("gpt2", KIND, "plain")
+    known = tv.score_edges(model, contrast, method="eap").data.values
+    monkeypatch.setattr(model.cfg, "eps", 0.5)  # its norms keep their own
+    adapter = Adapter.of(model)
+    assert Parts.of(adapter, adapter.tape(contrast.clean.tokens)).kind == "other"
+    unknown = tv.score_edges(model, contrast, method="eap").data.values
+    np.testing.assert_allclose(unknown, known, atol=TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("direction", ["noise", "denoise"])
+def test_eap_makes_the_first_run_once(direction, monkeypatch, kind):
+    """With its gradients; the same as from recorded runs, and where a model cannot stop early."""
+    model, contrast = tiny_model("llama", kind), a_contrast("llama", kind, "rugged")
+    recorded = tv.record(model, contrast)
+    how = dict(method="eap", direction=direction)
+    expected = tv.score_edges(model, contrast, recorded=recorded, **how)
+    ran = []
+    tape, embed = Adapter.tape, Adapter.embed
+    monkeypatch.setattr(Adapter, "tape", lambda self, t: ran.append(t) or tape(self, t))
+    found = tv.score_edges(model, contrast, **how)
+    donor = contrast.corrupted if direction == "noise" else contrast.clean
+    assert sum(map(len, ran)) == len(contrast), "the first run was recorded"
+    assert all((t == donor.tokens[:, : t.shape[1]]).all(1).any() for t in ran)
+
+    def fails(self, tokens):
+        raise TypeError("unexpected keyword argument 'stop_at_layer'")
+
+    monkeypatch.setattr(Adapter, "embed", fails)
+    without = tv.score_edges(model, contrast, **how)
+    assert sum(map(len, ran)) == 3 * len(contrast)
+    wrong = lambda self, tokens: embed(self, tokens) + 1e-3  # noqa: E731
+    monkeypatch.setattr(Adapter, "embed", wrong)
+    for scores in (found, without, tv.score_edges(model, contrast, **how)):
+        for ours, theirs in ((scores.data, expected.data), (scores.total, expected.total)):
+            np.testing.assert_allclose(ours, theirs, atol=TOLERANCE[torch.float32])
+
+
+def test_eap_where_the_query_alone_differs():
+    """Tokens in front of the first that differs do not change, so what they send scores 0."""
+    model, step = tiny_model("gpt2", KIND, torch.float64), 1e-5
+    with precise(torch.float64):
+        contrast = a_contrast("gpt2", KIND, "rugged").clean.corrupt("query")
+        graph = RoleGraph.of(model, contrast.clean)
+        sent = [e for e in graph.edges if re.search(r"@query_\w+->", e)]
+        edges = sample(sent, 20)
+        scores = tv.score_edges(model, contrast, method="eap").data
+        ends = [table(model, contrast, edges, "gpt2", scale=s) for s in (step, -step)]
+        expected = (ends[0] - ends[1]) / (2 * step)
+    assert expected.abs().max() > 1e-3, "nothing to compare"
+    np.testing.assert_allclose(scores.sel(edge=edges), expected, rtol=1e-4, atol=2e-7)
+    others = [e for e in graph.edges if e not in set(sent)]
+    assert not scores.sel(edge=others).any()
 
 
 def test_demonstrations_one_by_one_have_edges_of_their_own():

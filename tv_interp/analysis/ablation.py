@@ -49,9 +49,7 @@ class Ablated:
     (``"mean"``), or nothing (``"zero"``).
     """
 
-    def __init__(
-        self, parts: Parts, prompts: Prompts, corrupted: Run, ablation: Ablation
-    ) -> None:
+    def __init__(self, parts: Parts, prompts: Prompts, corrupted: Run, ablation: Ablation) -> None:
         """Average over the tokens of the corrupted run, where means are asked for.
 
         Args:

@@ -10,11 +10,11 @@ one for ``direction="noise"``, the corrupted one for ``"denoise"``. EAP-IG (Hann
 with the output of the sender's own attention layer or MLP interpolated in the clean or corrupted
 run (activations). Positive: the edge carries the task, as with exact patching of it.
 
-No input is split. The gradient at an input of a head is that at its q, k or v, mapped back through
-the linear map and the norm's Jacobian; at an MLP's input it is what is left of the residual
-stream's gradient when all else that reads there is taken away. Keys and values are read by heads at
-several places: the gradient through those at one place is a backward pass of attention alone from
-z at that place.
+No input is split. What reaches an input of a head is what senders change, taken through the norm
+and the linear map to q, k or v, times the gradient there; at an MLP's input the gradient is what is
+left of the residual stream's when all else that reads there is taken away. Keys and values are read
+by heads at several places: the gradient through those at one place is taken back from their rows of
+attention scores and z alone.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from tqdm import tqdm
 
 from ..models.adapter import HookName
 from ..models.finite import not_finite
-from ..models.parts import VIA, Parts, Via
-from ..models.replay import Layout, Tape
+from ..models.parts import Parts, Via
+from ..models.replay import Tape
 from ..scores.metrics import Readout
 from .common import Experiment
 from .gradients import Walk, few_rows, some_rows
@@ -355,7 +355,9 @@ class _Step:
         for via, gradient in gradients.items():
             products = self._into(layer, via, changed, gradient[:, :, since])
             if via == "q":
-                _add(found, graph.numbers["q", layer][where, :, where], products[:, :, :, 0], weight)
+                _add(
+                    found, graph.numbers["q", layer][where, :, where], products[:, :, :, 0], weight
+                )
             else:
                 _add(found, graph.numbers[via, layer][:, :, dests], products, weight)
 
