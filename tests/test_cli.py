@@ -79,6 +79,23 @@ def test_bad_input_of_circuit_and_saliency_is_one_line(capsys, arguments, messag
     assert len(err.strip().splitlines()) == 1 and message in err
 
 
+def test_pairs_come_from_a_file(capsys, tmp_path, monkeypatch):
+    from tv_interp.prompts import get_task
+
+    a_model(monkeypatch)
+    path = tmp_path / "capitals.csv"
+    pairs = list(get_task("country-capital").pairs.items())[:12]
+    path.write_text("x,y\n" + "".join(f"{x},{y}\n" for x, y in pairs), "utf-8")
+    sizes = ["--n-demos", "2", "--n-prompts", "8", "--json"]
+    code, out, err = run(capsys, "saliency", "--task", str(path), *sizes)
+    assert code == 0, err
+    assert [row["layer"] for row in json.loads(out)] == [0, 1]
+    code, _, err = run(capsys, "heads", "--task", str(tmp_path / "capitols.csv"))
+    assert code == 2 and "cannot read pairs from" in err and len(err.strip().splitlines()) == 1
+    code, _, err = run(capsys, "heads", "--task", str(path), "--n-demos", "30")
+    assert code == 2 and "has inputs for at most 11 demonstrations" in err
+
+
 def a_model(monkeypatch):
     """Let commands load a tiny random model in place of what they name."""
     from conftest import KINDS

@@ -136,7 +136,11 @@ def test_exact_edges_equal_the_plain_loop(arch, kind):
         agree("exact edges", found.data.sel(edge=edges), expected, dtype)
 
 
-@pytest.mark.parametrize(("arch", "kind"), EACH_ARCH)
+# bridges of these discard edits of attention scores
+NO_SCORES = [pytest.param(arch, "bridge", id=f"{arch}-bridge") for arch in ("gptj", "opt")]
+
+
+@pytest.mark.parametrize(("arch", "kind"), [*EACH_ARCH, *NO_SCORES])
 def test_eap_is_the_derivative_of_patching_an_edge(arch, kind):
     """As if all inputs were split; grouped queries and norms included."""
     model, step = tiny_model(arch, kind, torch.float64), 1e-5
@@ -314,6 +318,19 @@ def test_an_unknown_norm_gives_the_same_scores(monkeypatch):
     assert Parts.of(adapter, adapter.tape(contrast.clean.tokens)).kind == "other"
     unknown = tv.score_edges(model, contrast, method="eap").data.values
     np.testing.assert_allclose(unknown, known, atol=TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma2"])
+def test_keys_are_reached_from_scores_as_from_z(arch, monkeypatch, kind):
+    """Scores are the shorter way, taken where edits of them take effect."""
+    model, contrast = tiny_model(arch, kind), a_contrast(arch, kind, "rugged")
+    adapter = Adapter.of(model)
+    tape = adapter.tape(contrast.clean.tokens[:1, : int(contrast.clean.lengths[0])])
+    assert Parts.of(adapter, tape).takes_scores
+    shorter = tv.score_edges(model, contrast, method="eap").data
+    monkeypatch.setattr(Parts, "_takes_scores", lambda self, tape: False)
+    longer = tv.score_edges(model, contrast, method="eap").data
+    np.testing.assert_allclose(shorter, longer, atol=TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize("direction", ["noise", "denoise"])

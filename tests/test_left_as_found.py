@@ -41,6 +41,7 @@ TASK = Task.from_pairs({f"w{i}": f"w{i + 20}" for i in range(20)})
 def run_edges(model, contrast, metric):
     """Run with all edges kept, put together from all senders."""
     run = Experiment(model, contrast, None, "noise", metric, "query_is")
+    assert len(run.total) == len(contrast)  # reads both runs as they are
     parts, graph, masks = survey(run)
     runner = EdgeRunner(graph, parts, (run.base, run.donor), masks, run.readout)
     return runner.run(np.ones(len(graph.edges), dtype=bool))

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tv_interp.errors import PromptError, UnknownName
+from tv_interp.errors import FileError, PromptError, UnknownName
 from tv_interp.prompts import Sample, Task, get_task, list_tasks
 from tv_interp.prompts.corruptions import default_corruptions
 from tv_interp.prompts.tasks.bijection import BIJECTIVE
@@ -456,3 +456,22 @@ def test_a_task_that_names_no_inputs_cannot_have_its_query_corrupted():
         own.other_queries(np.random.default_rng(0), own.sample(None, 1))
     with pytest.raises(TypeError, match="abstract"):
         Task()
+
+
+def test_pairs_from_a_csv_file(tmp_path):
+    path = tmp_path / "codes.csv"
+    path.write_text("y, x ,note\nNA, Namibia,a code\n FR ,France,\n", "utf-8")
+    task = Task.from_csv(path)
+    assert task.name == "codes" and task.pairs == {"Namibia": "NA", "France": "FR"}
+    assert Task.from_csv(path, name="mine").name == "mine"
+    for text, error, message in (
+        ("France,Paris\nItaly,Rome\n", FileError, "that names the columns x and y"),
+        ("", FileError, "cannot read pairs from"),
+        ("x,y\nFrance,Paris\n", PromptError, "expected at least"),
+        ("x,y\nFrance,\nItaly,Rome\n", PromptError, "pairs of non-empty strings"),
+    ):
+        path.write_text(text, "utf-8")
+        with pytest.raises(error, match=message):
+            Task.from_csv(path)
+    with pytest.raises(FileError, match="cannot read pairs from"):
+        Task.from_csv(tmp_path / "nothing.csv")

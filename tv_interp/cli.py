@@ -37,7 +37,7 @@ def heads(
 
     Args:
         model: "reference", a local directory in Hugging Face format, or a hub name.
-        task: Name of a task; see `tv-interp tasks`.
+        task: Name of a task, see `tv-interp tasks`, or a CSV file with the columns x and y.
         n_demos: Demonstrations in each prompt.
         n_prompts: Prompts in each of the two splits: one chooses heads, the other reports them.
         seed: Decides prompts, splits and resamples.
@@ -98,7 +98,7 @@ def vectors(
 
     Args:
         model: "reference", a local directory in Hugging Face format, or a hub name.
-        task: Name of a task; see `tv-interp tasks`.
+        task: Name of a task, see `tv-interp tasks`, or a CSV file with the columns x and y.
         n_demos: Demonstrations in each prompt.
         n_prompts: Prompts in each of the two halves: one chooses layers, the other reports them.
         seed: Decides prompts, halves, donors and noise.
@@ -152,7 +152,7 @@ def circuit(
 
     Args:
         model: "reference", a local directory in Hugging Face format, or a hub name.
-        task: Name of a task; see `tv-interp tasks`.
+        task: Name of a task, see `tv-interp tasks`, or a CSV file with the columns x and y.
         n_demos: Demonstrations in each prompt.
         n_prompts: Prompts in each of the two halves: one chooses edges, the other reports them.
         seed: Decides prompts, halves, random circuits and resamples.
@@ -229,7 +229,7 @@ def saliency(
 
     Args:
         model: "reference", a local directory in Hugging Face format, or a hub name.
-        task: Name of a task; see `tv-interp tasks`.
+        task: Name of a task, see `tv-interp tasks`, or a CSV file with the columns x and y.
         n_demos: Demonstrations in each prompt.
         n_prompts: Clean prompts.
         seed: Decides them.
@@ -513,10 +513,10 @@ def _checked_task(task: str, template: str | None, n_demos: int, n_prompts: int,
     """Get a task, and refuse prompts that cannot be made of it."""
     import numpy as np
 
-    from .prompts import get_task
+    from .prompts import Task, get_task
     from .prompts.roles import Template
 
-    chosen = get_task(task)
+    chosen = Task.from_csv(task) if task.lower().endswith(".csv") else get_task(task)
     if template is not None:
         Template.parse(template)
     _check_numbers(n_demos, n_prompts)

@@ -270,13 +270,15 @@ class _Step:
         """
         graph = self.graph
         first, attends = self._from(swaps)
-        leaves: list[HookName] = [(w, la) for w in ("z", "attn_scores", "q") for la in attends]
+        by_scores = ("attn_scores",) * self.parts.takes_scores
+        leaves: list[HookName] = [(w, la) for w in ("z", "q", *by_scores) for la in attends]
         reads = range(first + 1 if self._is_serial else attends.start, graph.n_layers + 1)
         leaves += [("resid_pre", layer) for layer in reads]
         leaves += [("attn_out", la) for la in range(first, graph.n_layers) if self._is_serial]
         leaves = list(dict.fromkeys([*leaves, *swaps]))
         outer: dict[HookName, HookName] = {("v", layer): ("z", layer) for layer in attends}
-        outer |= {("k", layer): ("attn_scores", layer) for layer in attends}
+        # from scores it is a shorter way to keys than from z
+        outer |= {("k", layer): ((*by_scores, "z")[0], layer) for layer in attends}
         run = self.parts.adapter, self.tape, x, self.readout, self.rows
         return Walk(*run, leaves, swaps, outer)
 
@@ -422,10 +424,11 @@ class _Step:
         turn = torch.arange(adapter.n_heads, device=by_dest.device) % n_turns
         turns = torch.arange(n_turns, device=turn.device)[:, None] == turn
         taken = by_dest * turns[:, None, None]  # [dest, turn, row, pos, head]
-        ends: dict[Via, Tensor] = {
-            "k": at["attn_scores", layer] * taken.mT[..., None],
-            "v": at["z", layer] * taken[..., None],
-        }
+        ends: dict[Via, Tensor] = {"v": at["z", layer] * taken[..., None]}
+        if self.parts.takes_scores:
+            ends["k"] = at["attn_scores", layer] * taken.mT[..., None]
+        else:
+            ends["k"] = ends["v"]
         found: dict[Via, Tensor] = {"q": at["q", layer][None]}
         for via, wanted in ends.items():
             each = walk.pull_back((via, layer), wanted.flatten(0, 1)).unflatten(0, wanted.shape[:2])

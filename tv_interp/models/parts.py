@@ -38,12 +38,14 @@ class Parts:
         kind: What the norm in front of attention does, the gain and bias apart: ``"layer"``
             subtracts the mean and divides by the standard deviation, ``"rms"`` divides by the root
             mean square, ``"other"`` does something else.
+        takes_scores: Whether attention goes on from edited scores; some bridges discard them.
     """
 
     adapter: Adapter
     has_mlp: bool
     order: Literal["serial", "parallel"]
     kind: Norm = "other"
+    takes_scores: bool = False
 
     @classmethod
     def of(cls, adapter: Adapter, tape: Tape) -> Parts:
@@ -59,7 +61,8 @@ class Parts:
             for order in ("serial", "parallel") if has_mlp else ("serial",):
                 parts = cls(adapter, has_mlp, order)
                 if all(parts._fits(tape, layer) for layer in adapter.layers):
-                    return replace(parts, kind=parts._kind(tape))
+                    found = parts._kind(tape), parts._takes_scores(tape)
+                    return replace(parts, kind=found[0], takes_scores=found[1])
         except (AttributeError, TypeError, RuntimeError) as error:
             raise _strange(adapter) from error
         raise _strange(adapter)
@@ -215,6 +218,16 @@ class Parts:
         theirs = self._through_any_norm(layer, x, change)
         exact = {torch.float64: 1e-10, torch.float32: 1e-5}.get(x.dtype, _ROUGH)
         return _close(ours, theirs, exact)
+
+    def _takes_scores(self, tape: Tape) -> bool:
+        """Whether halved attention scores change what heads give."""
+        one = Tape([tape.resid[0][:1]], tape.calls)
+        edits = {("attn_scores", 0): lambda scores: scores / 2}
+        try:
+            z = self.adapter.read_block(one, 0, [("z", 0)], edits)
+        except ModelError:  # there is no such hook, or it never fires
+            return False
+        return bool((z["z", 0] != tape.z[0][:1]).any())
 
     def _fits(self, tape: Tape, layer: int) -> bool:
         """Whether a recorded block is what its parts make."""

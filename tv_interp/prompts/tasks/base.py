@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...errors import PromptError
+from ...errors import FileError, PromptError
 
 Pair = tuple[str, str]
 
@@ -106,6 +108,32 @@ class Task(ABC):
             'user-pairs'
         """
         return PairTask(name, _as_pairs(pairs), family=family)
+
+    @staticmethod
+    def from_csv(path: str | os.PathLike, *, name: str | None = None) -> PairTask:
+        """Read a task from a CSV file whose first line names the columns ``x`` and ``y``.
+
+        Args:
+            path: The file; other columns are left alone.
+            name: Name that results carry; by default that of the file.
+
+        Raises:
+            FileError: if the file cannot be read or has no such columns.
+            PromptError: as in `from_pairs`.
+        """
+        import pandas as pd
+
+        try:
+            table = pd.read_csv(path, dtype=str, keep_default_na=False, skipinitialspace=True)
+        except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
+            raise FileError(f"cannot read pairs from {path}: {error}") from None
+        columns = [str(column).strip() for column in table.columns]
+        if not {"x", "y"} <= set(columns):
+            raise FileError(
+                f"expected a first line that names the columns x and y in {path}, got "
+                f"{','.join(columns)!r}: write x,y above the pairs"
+            )
+        return Task.from_pairs(table.set_axis(columns, axis=1), name=name or Path(path).stem)
 
 
 def _as_pairs(pairs: Any) -> dict[str, str]:
