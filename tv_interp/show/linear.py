@@ -135,7 +135,7 @@ def _heatmaps(arrays: Mapping[str, xr.DataArray], title: str) -> go.Figure:
                 **_colors(limit, unit), "showscale": i == len(arrays) - 1, "xgap": 0, "ygap": 0,
             }
         )  # fmt: skip
-    return sheet.figure(title)
+    return sheet.figure(title, least=280 * len(arrays) if len(arrays) > 2 else 0)
 
 
 def _curves(
@@ -203,7 +203,7 @@ def _by_rank(arrays: Mapping[str, xr.DataArray], title: str) -> go.Figure:
                 "xaxis": x, "yaxis": y, "line": {"color": "#444", "dash": "dot"},
             }
         )  # fmt: skip
-    return sheet.figure(title)
+    return sheet.figure(title, least=280 * len(arrays))
 
 
 def _bars(arrays: Mapping[str, xr.DataArray], title: str, along: str, color: str) -> go.Figure:
@@ -271,16 +271,16 @@ def _graph(array: xr.DataArray, title: str, *, least: float = 0.01, widths: int 
         {"tickvals": [0, *layers], "showgrid": False, "autorange": "reversed",
          "ticktext": ["prompt", *(f"after layer {i}" for i in layers)]},
     )  # fmt: skip
-    return sheet.figure(title)
+    return sheet.figure(title, least=100 + 26 * len(names))
 
 
 def _rungs(array: xr.DataArray, title: str) -> go.Figure:
     """Draw the three predictions on every rung, for models trained with and without dropout."""
     panels = {
-        "combination": ("1. Combination: variance of the last arrow explained, held out", 1.0),
+        "combination": ("1. Combination: variance explained of the\nlast arrow, held out", 1.0),
         "rank": ("2. Effective rank of one vector's map", 1.0),
-        "fit": ("2. One vector's error on a map of rank 2 (0.5 at best)", 0.5),
-        "gain": ("3. Risk added when arrows are emptied, under dropout", 0.0),
+        "fit": ("2. One vector's error on a map of rank 2\n(0.5 at best)", 0.5),
+        "gain": ("3. Risk added when arrows are emptied,\nunder dropout", 0.0),
     }
     sheet = _Sheet(len(panels), 1, 150, legend=True)
     rungs = [str(v) for v in array["rung"].values]

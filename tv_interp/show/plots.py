@@ -800,8 +800,11 @@ class _Sheet:
             )  # fmt: skip
         return f"x{suffix}", f"y{suffix}"
 
-    def figure(self, title: str, *, gaps: bool = False) -> go.Figure:
-        """Make the figure: no fixed width, and no button that sends data away."""
+    def figure(self, title: str, *, gaps: bool = False, least: int = 0) -> go.Figure:
+        """Make the figure: no fixed width, and no button that sends data away.
+
+        Below ``least`` pixels it is not legible: a page lets it be scrolled instead.
+        """
         import plotly.graph_objects as go
 
         heading = textwrap.wrap(_text(title), 50)  # what a screen of 400 pixels holds
@@ -833,6 +836,8 @@ class _Sheet:
             "annotations": self.titles,
             **self.axes,
         }  # fmt: skip
+        if least:
+            layout["meta"] = {"min_width": least}
         return go.Figure({"data": self.traces, "layout": layout})
 
 
