@@ -105,6 +105,17 @@ def test_a_result_shows_itself_at_80_columns_and_in_a_notebook(name):
     assert words and words <= set(re.findall(r"L\dH\d|0\.\d{3}|query_is", said))
 
 
+def test_a_circuit_of_many_heads_fits_too():
+    model = tv.load_model("reference")
+    contrast = make_prompts(model, "country-capital", n_demos=4, n_prompts=8).corrupt("task")
+    circuit = tv.discover_circuit(model, contrast, method="eap", n_edges=200)
+    assert len(", ".join(circuit.readers)) > 80, "nothing to break"
+    report = tv.evaluate_circuit(model, contrast, circuit, n_random=2, minimality="none")
+    for shown in (circuit, report):
+        assert_fits(str(shown))
+        assert all(head in str(shown) for head in (*circuit.writers, *circuit.readers))
+
+
 def test_no_repr_is_a_dump_of_arrays():
     for shown in examples().values():
         assert (

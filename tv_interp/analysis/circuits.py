@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from ..display import Shown, Table, as_text
+from ..display import Shown, Table, as_text, wrapped
 from ..errors import FileError, TvInterpError
 from ..files import write_text
 from ..interventions.recording import Recorded
@@ -242,10 +242,10 @@ class Circuit(Shown):
         unit = self.attrs.get("unit", "logits")
         order = sorted(self.edges, key=lambda edge: -abs(self.edges[edge]))[:SHOWN]
         yield repr(self)
-        yield (
-            f"writers  {', '.join(self.writers) or 'none'}\n"
-            f"readers  {', '.join(self.readers) or 'none'}\n"
-            f"The {len(order)} largest edges, in {unit}; + carries the task:"
+        heads = {"writers": self.writers, "readers": self.readers}
+        named = [f"{kind}  {', '.join(some) or 'none'}" for kind, some in heads.items()]
+        yield "\n".join(
+            wrapped([*named, f"The {len(order)} largest edges, in {unit}; + carries the task:"])
         )
         rows = []
         for edge in order:

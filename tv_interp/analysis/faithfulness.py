@@ -28,7 +28,7 @@ from jaxtyping import Bool, Float
 from scipy import stats
 from tqdm import tqdm
 
-from ..display import Shown
+from ..display import Shown, wrapped
 from ..errors import ScoreError, TvInterpError
 from ..files import make_directory, write_text
 from ..interventions.recording import Recorded
@@ -154,7 +154,7 @@ class CircuitReport(Shown):
         lines.append(f"readers       {', '.join(circuit.readers) or 'none'}")
         for node, lost in list(self.minimality.items())[:10]:
             lines.append(f"  without {node:<20} faithfulness falls by {lost}")
-        return "\n".join(lines)
+        return "\n".join(wrapped(lines))
 
 
 def evaluate_circuit(
