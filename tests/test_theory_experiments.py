@@ -34,6 +34,18 @@ def test_every_threshold_of_the_quick_preset_is_met(report):
     assert report.passed and len(report.checks) > 40
 
 
+def test_the_table_fits_80_columns(report):
+    long = "a name that is much longer than what a column of forty-four can hold"
+    check = Check(long, 3.0, "absolute", 0.01, 2.0)
+    finding = Finding(long, 0.5, "a comment of many words, " * 6)
+    missed = LinearReport({long * 2: Section((check,), (finding,))}, {"preset": "quick"})
+    for shown in (report, missed):
+        assert max(map(len, str(shown).splitlines())) <= 80
+    told = " ".join(str(missed).split())
+    assert told.count("MISSED") == 1 and "0 of 1 thresholds met" in told
+    assert "column of forty-four can hold 3.0000 2.0000 within 0.01" in told
+
+
 def test_every_section_runs_in_some_preset_and_the_full_one_has_all():
     assert set(PRESETS["full"].sections) == set(SECTIONS)
     assert set(PRESETS["quick"].sections) < set(SECTIONS)

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import xarray as xr
 
-from ..display import Shown
+from ..display import WIDTH, Shown, wrapped
 from ..errors import TvInterpError, unknown
 from ..files import make_directory, write_text
 from ..models.adapter import Adapter
@@ -150,24 +150,25 @@ class Predictions(Shown):
         return paths
 
     def __str__(self) -> str:
-        """A table at 96 columns, grouped by prediction."""
-        lines = [
-            f"Predictions of arXiv 2506.09048 on {self.settings['model']}: effect [95 % interval]."
-        ]
+        """A table at 80 columns, grouped by prediction."""
+        title = f"Predictions of arXiv 2506.09048 on {self.settings['model']}"
+        lines = wrapped([f"{title}: effect [95 % interval]."])
         for text, rows in itertools.groupby(self.rows, key=lambda row: row.text):
             members = list(rows)
             sign = ">" if members[0].side == "above" else "<"
-            lines += ["", f"{text} ({members[0].source}; effect {sign} {members[0].least:g})"]
+            least = f"effect {sign} {members[0].least:g}"
+            lines += ["", *wrapped([f"{text} ({members[0].source}; {least})"])]
             for r in members:
                 number = "not measured"
                 if np.isfinite(r.effect):
                     number = f"{r.effect:+.2f} [{r.lo:+.2f},{r.hi:+.2f}]"
-                line = f"  {r.at:<9}{r.task:<41}{number:<22}{r.verdict}"
-                lines.append(line.rstrip())
+                task, *more = textwrap.wrap(r.task, 37)
+                lines.append(f"  {r.at:<9}{task:<38}{number:<22}{r.verdict}".rstrip())
+                lines += [f"{'':<11}{line}" for line in more]
                 numbers = ", ".join(f"{name} {value:.2f}" for name, value in r.numbers.items())
                 text = f"{r.reason}; {numbers}" if r.reason else numbers
                 indent = " " * 11
-                lines += textwrap.wrap(text, 96, initial_indent=indent, subsequent_indent=indent)
+                lines += textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent)
         return "\n".join(lines)
 
 

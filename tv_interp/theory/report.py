@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, Literal
 
 import xarray as xr
 
-from ..display import Shown
+from ..display import WIDTH, Shown, wrapped
 from ..files import make_directory, write_text
 
 Rule = Literal["relative", "absolute", "below", "above"]
@@ -114,19 +115,22 @@ class LinearReport(Shown):
         return all(check.passed for check in self.checks)
 
     def __str__(self) -> str:
-        """A table of checks and findings, at most 100 characters wide."""
-        lines = [f"{'measured':<58}{'value':>10}{'predicted':>11}  threshold"]
+        """A table of checks and findings, at 80 columns."""
+        lines = [f"{'measured':<{_NAME + 2}}{'value':>10}{'predicted':>10}  threshold"]
         for title, section in self.sections.items():
-            lines.append(f"\n{title}")
+            lines += ["", *wrapped([title])]
             for c in section.checks:
                 expected = "" if c.expected is None else f"{c.expected:.4f}"
-                mark = "" if c.passed else "  MISSED"
-                lines.append(
-                    f"  {c.name:<56}{_short(c.value):>10}{expected:>11}  {c.threshold}{mark}"
+                numbers = f"{_short(c.value):>10}{expected:>10}  {c.threshold}"
+                lines += _row(c.name, numbers)
+                if not c.passed:
+                    lines.append(f"{'MISSED':>{_NAME + 12}}")
+            for f in section.findings:
+                lines += _row(f.name, f"{_short(f.value):>10}")
+                indent = " " * 6
+                lines += textwrap.wrap(
+                    f"({f.comment})", WIDTH, initial_indent=indent, subsequent_indent=indent
                 )
-            lines.extend(
-                f"  {f.name:<56}{_short(f.value):>10}  ({f.comment})" for f in section.findings
-            )
         missed = [c for c in self.checks if not c.passed]
         lines.append(f"\n{len(self.checks) - len(missed)} of {len(self.checks)} thresholds met")
         return "\n".join(lines)
@@ -164,6 +168,15 @@ class LinearReport(Shown):
         path = make_directory(directory) / "linear.json"
         write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
         return path
+
+
+_NAME = 44
+
+
+def _row(name: str, numbers: str) -> list[str]:
+    """Write a name, on as many lines as it takes, and what stands beside its last."""
+    *above, last = textwrap.wrap(name, _NAME, subsequent_indent="  ")
+    return [*(f"  {line}" for line in above), f"  {last:<{_NAME}}{numbers}"]
 
 
 def _short(value: float) -> str:
