@@ -217,17 +217,18 @@ class Parts:
         ours = self.through_norm(layer, x, change)
         theirs = self._through_any_norm(layer, x, change)
         exact = {torch.float64: 1e-10, torch.float32: 1e-5}.get(x.dtype, _ROUGH)
-        return _close(ours, theirs, exact)
+        return bool((ours - theirs).abs().max() <= exact * theirs.abs().max())
 
     def _takes_scores(self, tape: Tape) -> bool:
-        """Whether halved attention scores change what heads give."""
+        """Whether halved attention scores change what heads give, by more than rounding."""
         one = Tape([tape.resid[0][:1]], tape.calls)
         edits = {("attn_scores", 0): lambda scores: scores / 2}
         try:
             z = self.adapter.read_block(one, 0, [("z", 0)], edits)
         except ModelError:  # there is no such hook, or it never fires
             return False
-        return bool((z["z", 0] != tape.z[0][:1]).any())
+        plain = tape.z[0][:1]
+        return bool((z["z", 0] - plain).abs().max() > _ROUGH * plain.abs().max())
 
     def _fits(self, tape: Tape, layer: int) -> bool:
         """Whether a recorded block is what its parts make."""

@@ -16,6 +16,8 @@ from ..display import WIDTH, Shown, wrapped
 from ..files import make_directory, write_text
 
 Rule = Literal["relative", "absolute", "below", "above"]
+_NAME = 44
+"""Characters of a line that a name takes."""
 
 
 @dataclass(frozen=True)
@@ -168,9 +170,6 @@ class LinearReport(Shown):
         path = make_directory(directory) / "linear.json"
         write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
         return path
-
-
-_NAME = 44
 
 
 def _row(name: str, numbers: str) -> list[str]:
