@@ -8,6 +8,7 @@ together from these is not assumed but tested on one recorded prompt.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -224,7 +225,9 @@ class Parts:
         one = Tape([tape.resid[0][:1]], tape.calls)
         edits = {("attn_scores", 0): lambda scores: scores / 2}
         try:
-            z = self.adapter.read_block(one, 0, [("z", 0)], edits)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of edits that are discarded: it is what we ask
+                z = self.adapter.read_block(one, 0, [("z", 0)], edits)
         except ModelError:  # there is no such hook, or it never fires
             return False
         plain = tape.z[0][:1]
