@@ -446,6 +446,13 @@ def floor() -> float:
     return min(cpu(passes)[1] for _ in range(30))
 
 
+def edges_by_role() -> int:
+    import tv_interp as tv
+
+    model, contrast = a_case()
+    return len(tv.RoleGraph.of(model, contrast.clean).edges)
+
+
 def on_reference() -> str:
     """Time the scores of edges by role on the reference model: EAP of all, exact between heads."""
     from harness import cpu
@@ -505,12 +512,12 @@ def table(where: Path, done: list[str]) -> str:
 
 def table_of_recovery(where: Path, done: list[str]) -> str:
     """Rank the edges of every circuit by each library's scores: one row a method."""
-    from bench_recovery import auc, average_precision, interval
+    from bench_recovery import FLOOR, auc, average_precision, interval
 
     cases = sorted(where.glob("circuit-*"))
     lines = [
-        f"| {len(cases)} planted circuits | method | AUC | AP | CPU s a circuit |",
-        "|---|---|---|---|---|",
+        f"| {len(cases)} planted circuits | method | AUC | AP | AP below 1 | CPU s a circuit |",
+        "|---|---|---|---|---|---|",
     ]
     for name in done:
         for method in METHODS[name]:
@@ -520,11 +527,12 @@ def table_of_recovery(where: Path, done: list[str]) -> str:
                 found = np.load(case / f"{name} {method}.npz")
                 values, names = np.abs(found["values"]), found["names"].tolist()
                 assert set(true) <= set(names), f"{name} has no {sorted(set(true) - set(names))}"
-                values[values < 1e-3 * values.max()] = 0  # or else rounding is ranked
+                values[values < FLOOR * values.max()] = 0  # or else rounding is ranked
                 is_true = np.isin(names, true)
                 rows.append((auc(values, is_true), average_precision(values, is_true), found["s"]))
             each = [list(map(float, column)) for column in zip(*rows, strict=True)]
-            cells = [*map(interval, each[:2]), f"{np.mean(each[2]):.2f}"]
+            missed = [case.name for case, ap in zip(cases, each[1], strict=True) if ap < 1]
+            cells = [*map(interval, each[:2]), ", ".join(missed), f"{np.mean(each[2]):.2f}"]
             lines.append(f"| {NAMES[name]} | {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -569,7 +577,10 @@ def main() -> None:
             print(f"{NAMES[name]} did not run", file=sys.stderr)
         else:
             done.append(name)
-    text = f"{N_PROMPTS} prompts of {1 + 3 * N_DEMOS + 2} tokens. {about} Floor {floor():.2f} s."
+    text = (
+        f"{N_PROMPTS} prompts of {1 + 3 * N_DEMOS + 2} tokens; {edges_by_role()} edges by role in "
+    )
+    text += f"ours. {about} Floor {floor():.2f} s."
     text += f"\n\n{table(where, done)}\n\n{on_reference()}"
     if given.circuits:
         text += f"\n\n{table_of_recovery(where, done)}"

@@ -434,7 +434,7 @@ def test_a_wrong_prefix_or_donor_is_far_off(wrong, kind):
         model, contrast = tiny_model(arch, kind), a_contrast(arch, kind, "plain")
         right = patch_heads(model, contrast, at="query_is").data.values
         recorded = record(model, contrast)
-        base, donor = (run.kept[0][1] for run in recorded.sides("denoise"))
+        base, donor = (run.kept[0][1] for run in (recorded.corrupted, recorded.clean))
         axis = 2 if kind == "bridge" else 1  # of positions in a cache
         if wrong == "donor":
             donor.z[:] = [z.flip(0) for z in donor.z]

@@ -110,12 +110,6 @@ class Recorded:
     clean: Run
     corrupted: Run
 
-    def sides(self, direction: str) -> tuple[Run, Run]:
-        """Get (base, donor): denoising patches clean into corrupted, noising the reverse."""
-        if direction == "denoise":
-            return self.corrupted, self.clean
-        return self.clean, self.corrupted
-
 
 def record(
     model: Any, contrast: Contrast, *, max_memory: float | None = None, store: str = "model"
